@@ -1,0 +1,60 @@
+"""Every exception that Starling raises on purpose.
+
+    StarlingError              exit 1: none of the below fits
+      InputError               exit 2: something a user can fix
+        RecipeError              the recipe or the command line
+        DataError                a file of prompts, rankings, conversations ...
+        CheckpointError          a checkpoint cannot be written, read or used
+        ModelError               a model folder, a tokenizer, a chat format
+      Stopped                  exit 128 + signal: SIGINT (130) or SIGTERM (143) arrived
+
+A message says what was wrong, what was found, and what to do. A broken promise between our own
+functions is a ValueError, a TypeError or an assert: those are bugs, and show a traceback.
+"""
+
+
+class StarlingError(Exception):
+    """Whatever ends a command on purpose."""
+
+    @property
+    def exit_code(self) -> int:
+        """The exit status of a command that ends with this error."""
+        return 1
+
+
+class InputError(StarlingError):
+    """Something a user can fix; shown without a traceback."""
+
+    @property
+    def exit_code(self) -> int:
+        """Two, whatever the kind of input."""
+        return 2
+
+
+class RecipeError(InputError):
+    """The recipe, or an option that overrides it, cannot be used."""
+
+
+class DataError(InputError):
+    """A data file is missing, damaged or not what it should be."""
+
+
+class CheckpointError(InputError):
+    """A checkpoint could not be written, or none that can be used was found."""
+
+
+class ModelError(InputError):
+    """A model folder, a tokenizer or a chat format cannot be used."""
+
+
+class Stopped(StarlingError):
+    """A signal asked the run to stop, and it did so at a step boundary."""
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__(f"stopped by signal {signal_number}")
+        self.signal_number = signal_number
+
+    @property
+    def exit_code(self) -> int:
+        """What a shell reports for a process ended by this signal."""
+        return 128 + self.signal_number

@@ -1,0 +1,116 @@
+"""A mean with its uncertainty: the percentile bootstrap over clusters (usually prompts).
+
+Answers to one prompt are not independent, so whole clusters are drawn, not single values.
+Source: Efron and Tibshirani 1993, An Introduction to the Bootstrap, sections 13.3 and 8.5.
+"""
+
+from collections.abc import Hashable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from starling.base.seeding import numpy_generator
+
+ROUNDS = 2000
+"""Resamples per interval: its ends then move by about 2 % of its width from seed to seed."""
+
+BLOCK = 1 << 20
+"""Cluster draws held in memory at once."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over `n` values with an interval around it; `num_failed` further ones had no value.
+
+    `low` and `high` are None when all values are from one cluster: the spread between clusters is
+    then unknown, and an interval of width zero would claim certainty.
+    """
+
+    mean: float
+    low: float | None
+    high: float | None
+    n: int
+    num_failed: int = 0
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields by name, for JSON."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        """For people: `7.31 [6.90, 7.70] n=80`, and `failed=2` when some did."""
+        if self.low is None or self.high is None:
+            interval = "[unknown]"
+        else:
+            interval = f"[{self.low:.2f}, {self.high:.2f}]"
+        failed = f" failed={self.num_failed}" if self.num_failed else ""
+        return f"{self.mean:.2f} {interval} n={self.n}{failed}"
+
+
+def bootstrap_mean(
+    values: Sequence[float],
+    *,
+    seed: int,
+    num_failed: int = 0,
+    level: float = 0.95,
+    clusters: Sequence[Hashable] | None = None,
+) -> Estimate:
+    """Estimate the mean of the values, with an interval that covers `level` of the resamples.
+
+    `clusters` names each value's cluster (by default each is its own). Every value weighs the same,
+    so a cluster weighs by its size. With fewer than about ten clusters the interval is known to be
+    too narrow. Raises ValueError for no values, NaN, infinity, or lengths that differ.
+    """
+    array = np.asarray(values, dtype=np.float64)
+    if array.ndim != 1 or array.size == 0:
+        raise ValueError(f"a mean needs a list of at least one value, found shape {array.shape}")
+    if not np.isfinite(array).all():
+        raise ValueError(f"values must be finite, found {array[~np.isfinite(array)][0]}")
+    if not 0 < level < 1 or num_failed < 0:
+        raise ValueError(f"level {level} must be in (0, 1), num_failed {num_failed} at least 0")
+    names = range(array.size) if clusters is None else clusters
+    if len(names) != array.size:
+        raise ValueError(f"{array.size} values but {len(names)} cluster names")
+
+    mean = float(array.mean())
+    number_of = {name: number for number, name in enumerate(dict.fromkeys(names))}
+    members = np.array([number_of[name] for name in names])
+    low = high = None
+    if len(number_of) > 1:
+        # Deviations from the mean, so that equal values give an interval of exactly that value.
+        sums = np.bincount(members, weights=array - mean)
+        deviations = _resampled_means(sums, np.bincount(members), seed)
+        tail = (1 - level) / 2
+        low, high = (float(mean + end) for end in np.quantile(deviations, [tail, 1 - tail]))
+    return Estimate(mean, low, high, n=array.size, num_failed=num_failed)
+
+
+def bootstrap_difference(
+    before: Sequence[float],
+    after: Sequence[float],
+    *,
+    seed: int,
+    num_failed: int = 0,
+    clusters: Sequence[Hashable] | None = None,
+) -> Estimate:
+    """Estimate the mean of after - before, where entry i of both is the same item.
+
+    Pairing takes the spread between items out of the interval. Raises as `bootstrap_mean`.
+    """
+    if len(before) != len(after):
+        raise ValueError(f"{len(before)} values before but {len(after)} after: they must pair up")
+    differences = np.asarray(after, dtype=np.float64) - np.asarray(before, dtype=np.float64)
+    return bootstrap_mean(differences.tolist(), seed=seed, num_failed=num_failed, clusters=clusters)
+
+
+def _resampled_means(sums: np.ndarray, sizes: np.ndarray, seed: int) -> np.ndarray:
+    """[ROUNDS] means, each over as many clusters as there are, drawn with replacement."""
+    rng = numpy_generator(seed, "bootstrap")
+    num_clusters = len(sums)
+    rounds_per_block = max(1, BLOCK // num_clusters)
+    means = []
+    for start in range(0, ROUNDS, rounds_per_block):
+        rounds = min(rounds_per_block, ROUNDS - start)
+        drawn = rng.integers(num_clusters, size=(rounds, num_clusters))
+        means.append(sums[drawn].sum(axis=1) / sizes[drawn].sum(axis=1))
+    return np.concatenate(means)

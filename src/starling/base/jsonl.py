@@ -1,0 +1,208 @@
+"""Read and write records on disk: JSONL, UTF-8, one object a line; and single JSON files.
+
+Reading is strict. A row that is not one JSON object with distinct keys, finite numbers and the
+record's fields is put aside in a quarantine file with its line number and the reason; a file with
+more than a few such rows is refused. Writing replaces the whole file at once.
+"""
+
+import difflib
+import json
+import logging
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from starling.base.errors import DataError
+from starling.base.files import write_atomically
+
+logger = logging.getLogger(__name__)
+
+M = TypeVar("M", bound=BaseModel)
+
+
+class BadRow(NamedTuple):
+    """A line that is no record: where, why, and what stood there."""
+
+    line: int
+    reason: str
+    text: str
+
+
+def read_records(
+    path: Path,
+    record: type[M],
+    *,
+    quarantine: Path | None = None,
+    allowed_share: float = 0.01,
+) -> list[M]:
+    """Read every row of a JSONL file as a `record`; blank lines are ignored.
+
+    Bad rows go to the file `quarantine`, in place of what it held for a file of this name, and are
+    left out with a warning. Raises DataError when the file cannot be read or has no rows; when more
+    than `allowed_share` of its rows are bad; and, without a quarantine, when any is.
+    """
+    records: list[M] = []
+    bad: list[BadRow] = []
+    for line, content in enumerate(_read_bytes(path).split(b"\n"), start=1):
+        if not content.strip():
+            continue
+        try:
+            records.append(_parse_record(content, record))
+        except ValueError as error:
+            text = content.decode("utf-8", errors="backslashreplace").rstrip("\r")
+            bad.append(BadRow(line, _reason(error), text))
+    total = len(records) + len(bad)
+    if total == 0:
+        raise DataError(f"{path} holds no rows. It needs one JSON object a line.")
+    if quarantine is not None:
+        _update_quarantine(quarantine, path.name, bad)
+    if bad:
+        _report_bad_rows(path, bad, total, quarantine, allowed_share)
+    return records
+
+
+def write_records(path: Path, records: Iterable[BaseModel | Mapping[str, Any]]) -> None:
+    """Replace `path` by the records, one a line, fields in order, those that are None left out.
+
+    Of a mapping only its own None values are left out, not those further in. Raises DataError when
+    the disk refuses and ValueError for NaN or infinity; the old file then stays.
+    """
+    write_atomically(path, (_dump_line(record) for record in records))
+
+
+def read_json(path: Path) -> Any:
+    """Read one JSON file, as strictly as a row. Raises DataError that says what is wrong."""
+    content = _read_bytes(path)
+    try:
+        return parse_json(content)
+    except ValueError as error:
+        raise DataError(
+            f"{path} is damaged: {_reason(error)}. Restore it, or delete it to have it made again."
+        ) from error
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace `path` by the value as indented JSON. Raises like `write_records`."""
+    text = json.dumps(value, ensure_ascii=False, indent=2, allow_nan=False)
+    write_atomically(path, [text.encode(), b"\n"])
+
+
+def parse_json(content: bytes) -> Any:
+    """Parse strict JSON: UTF-8, distinct keys, finite numbers, no lone surrogates.
+
+    Raises ValueError with a reason that a user can read.
+    """
+    text = content.decode("utf-8-sig")
+    try:
+        value = json.loads(
+            text,
+            object_pairs_hook=_distinct_keys,
+            parse_constant=_finite,
+            parse_float=_finite,
+        )
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    if "\\u" in text:
+        # json lets an escaped lone surrogate through; no UTF-8 file could hold it again.
+        json.dumps(value, ensure_ascii=False).encode()
+    return value
+
+
+def _parse_record(content: bytes, record: type[M]) -> M:
+    value = parse_json(content)
+    if not isinstance(value, dict):
+        raise ValueError(f"not a JSON object but {type(value).__name__}")
+    # From the text, not from `value`: in strict models a JSON list may fill a tuple.
+    return record.model_validate_json(content.removeprefix(b"\xef\xbb\xbf"))
+
+
+def _distinct_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        keys = [key for key, _ in pairs]
+        repeated = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"key {repeated!r} stands twice")
+    return value
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text} is not a finite number")
+    return number
+
+
+def _reason(error: ValueError) -> str:
+    match error:
+        case ValidationError():
+            problems = error.errors(include_url=False, include_context=False, include_input=False)
+            return "; ".join(
+                ".".join(str(part) for part in problem["loc"]) + f": {problem['msg']}"
+                for problem in problems
+            ).removeprefix(": ")
+        case json.JSONDecodeError():
+            return f"broken JSON: {error.msg} at character {error.pos + 1}"
+        case UnicodeDecodeError():
+            return f"not UTF-8 at byte {error.start + 1}"
+        case UnicodeEncodeError():
+            return "holds half of a surrogate pair"
+        case _:
+            return str(error)
+
+
+def _dump_line(record: BaseModel | Mapping[str, Any]) -> bytes:
+    if isinstance(record, BaseModel):
+        value = record.model_dump(mode="json", by_alias=True, exclude_none=True)
+    else:
+        value = {key: field for key, field in record.items() if field is not None}
+    return json.dumps(value, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+
+
+def _report_bad_rows(
+    path: Path, bad: list[BadRow], total: int, quarantine: Path | None, allowed_share: float
+) -> None:
+    found = f"{len(bad)} of {total} rows of {path} are bad"
+    if quarantine is not None and len(bad) <= allowed_share * total:
+        logger.warning("%s and were left out; they stand in %s", found, quarantine)
+        return
+    reasons = "".join(f"\n  line {row.line}: {row.reason}" for row in bad[:3])
+    more = f"\n  and {len(bad) - 3} more" if len(bad) > 3 else ""
+    where = f" All of them stand in {quarantine}." if quarantine is not None else ""
+    limit = "none" if quarantine is None else f"at most {allowed_share:.3g} of the rows"
+    raise DataError(
+        f"{found}; {limit} may be.{reasons}{more}\nRepair or remove those lines.{where}"
+    )
+
+
+def _update_quarantine(quarantine: Path, name: str, bad: list[BadRow]) -> None:
+    """Put the bad rows of the file `name` in place of those of an earlier read of it."""
+    earlier = []
+    if quarantine.exists():
+        earlier = [json.loads(line) for line in _read_bytes(quarantine).splitlines()]
+    others = [row for row in earlier if row["file"] != name]
+    if others or bad:
+        write_records(quarantine, [*others, *({"file": name, **row._asdict()} for row in bad)])
+    elif earlier:
+        quarantine.unlink()
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError as error:
+        raise DataError(f"there is no {path}. {_nearest(path)}") from error
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror or error}.") from error
+
+
+def _nearest(path: Path) -> str:
+    """What is there instead of a file that is not."""
+    folder = path.parent
+    if not folder.is_dir():
+        return f"There is no folder {folder} either."
+    names = sorted(entry.name for entry in folder.iterdir())
+    near = difflib.get_close_matches(path.name, names, n=3, cutoff=0.5) or names[:3]
+    return f"{folder} holds {', '.join(near)}." if near else f"{folder} is empty."

@@ -1,0 +1,37 @@
+"""The recipe section of stage 4: benchmarks."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import Field
+
+from starling.base.section import Section
+from starling.judging.config import JudgeSection
+
+
+class BenchSection(Section):
+    """Stage 4: two-turn questions, judged from 1 to 10 and against the starting policy."""
+
+    questions: str
+    """JSONL questions: id, category, turns (and checks, where rules can grade them)."""
+    baseline: str | None = None
+    """Policy to compare with; absent: the starting policy."""
+    policy: str | None = None
+    """Policy under test; absent: the ppo stage's."""
+    max_tokens: int = Field(1024, ge=1)
+    """Longest answer per turn (MT-Bench: 1024)."""
+    best_of: int = Field(0, ge=0)
+    """Also measure best-of-n of the baseline by the reward model, as yardstick; 0 leaves it out."""
+    allowed_failures: float = Field(0.05, ge=0, le=1)
+    """Share of judgments that may fail before there is no score at all."""
+
+
+@dataclass(frozen=True)
+class BenchInputs:
+    """What the pipeline resolved; policies and the reward model are folders or hub ids."""
+
+    questions: Path
+    baseline: str
+    policy: str
+    reward_model: str | None
+    judge: JudgeSection

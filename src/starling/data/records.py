@@ -1,0 +1,198 @@
+"""The records that pass between stages on disk, validated where they enter.
+
+Prompts, conversations, questions and rankings, one JSON object a line.  What a row may hold and
+how its ranks are read is fixed here; `base.jsonl` reads the lines and quarantines bad ones.
+Unknown columns are ignored: other people's files carry columns of their own.
+"""
+
+import hashlib
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Role = Literal["system", "user", "assistant"]
+FinishReason = Literal["stop", "length"]
+
+
+class Record(BaseModel):
+    """Base of everything read from a JSONL file: frozen and strict about types."""
+
+    model_config = ConfigDict(frozen=True, strict=True, allow_inf_nan=False)
+
+
+class Message(Record):
+    """One turn of a conversation."""
+
+    role: Role
+    content: str
+
+
+def content_id(messages: tuple[Message, ...]) -> str:
+    """A short stable name for a conversation that came without an id."""
+    digest = hashlib.sha256()
+    for message in messages:
+        digest.update(f"{message.role}\x00{message.content}\x00".encode())
+    return digest.hexdigest()[:16]
+
+
+def _check_turns(messages: tuple[Message, ...], last: Role) -> None:
+    if not messages:
+        raise ValueError("messages is empty; a conversation needs at least one turn")
+    if messages[-1].role != last:
+        raise ValueError(f"the last message is the {messages[-1].role}'s; it must be the {last}'s")
+    turns = messages[1:] if messages[0].role == "system" else messages
+    for position, message in enumerate(turns):
+        expected = "user" if position % 2 == 0 else "assistant"
+        if message.role != expected:
+            raise ValueError(
+                f"message {position + 1} is the {message.role}'s; turns alternate, so it must be "
+                f"the {expected}'s"
+            )
+    if not turns:
+        raise ValueError("the conversation holds only a system message")
+    if any(not message.content.strip() for message in turns if message.role == "user"):
+        raise ValueError("a user message is empty")
+
+
+class Prompt(Record):
+    """A conversation that waits for an answer; it ends with the user's turn."""
+
+    messages: tuple[Message, ...] = Field(strict=False)
+    id: str = ""
+    category: str | None = None
+    source: list[str] | None = None
+    mode: str | None = None
+    checks: dict[str, Any] | None = None
+    """What the demo's rubric grades an answer by; judges that read text never see it."""
+
+    @model_validator(mode="after")
+    def _validate(self) -> "Prompt":
+        _check_turns(self.messages, "user")
+        if not self.id:
+            object.__setattr__(self, "id", content_id(self.messages))
+        return self
+
+
+class Conversation(Record):
+    """A finished conversation; it ends with the assistant's turn."""
+
+    messages: tuple[Message, ...] = Field(strict=False)
+    id: str = ""
+    category: str | None = None
+
+    @model_validator(mode="after")
+    def _validate(self) -> "Conversation":
+        _check_turns(self.messages, "assistant")
+        if not self.id:
+            object.__setattr__(self, "id", content_id(self.messages))
+        return self
+
+
+class Question(Record):
+    """A benchmark question: the user's turns, each asked on top of the model's own answers."""
+
+    id: str
+    category: str
+    turns: tuple[str, ...] = Field(strict=False, min_length=1)
+    checks: tuple[dict[str, Any], ...] | None = Field(default=None, strict=False)
+    """One rubric per turn, where the question can be graded by rule."""
+
+    @model_validator(mode="after")
+    def _validate(self) -> "Question":
+        if any(not turn.strip() for turn in self.turns):
+            raise ValueError("a turn is empty")
+        if self.checks is not None and len(self.checks) != len(self.turns):
+            raise ValueError(f"{len(self.turns)} turns but {len(self.checks)} checks")
+        return self
+
+
+class RankedAnswer(Record):
+    """One candidate answer with its rank: 1 is best, equal ranks tie, null is unranked."""
+
+    answer: str
+    model: str
+    rank: float | None = None
+    finish_reason: FinishReason | None = None
+
+
+def dense_ranks(ranks: list[float | None]) -> list[int | None]:
+    """Number ranks 1, 2, 2, 3, from dense (1, 2, 2, 3) or competition (1, 2, 2, 4) numbering.
+
+    Raises ValueError for anything else (fractions, gaps, no rank 1): such a row was not ranked.
+    """
+    known = sorted(rank for rank in ranks if rank is not None)
+    if not known:
+        raise ValueError("no answer is ranked")
+    dense = [1.0]
+    competition = [1.0]
+    for position, (before, rank) in enumerate(zip(known, known[1:], strict=False), start=2):
+        dense.append(dense[-1] + (rank != before))
+        competition.append(competition[-1] if rank == before else float(position))
+    if known not in (dense, competition):
+        raise ValueError(
+            f"ranks {known} number neither densely (1, 2, 2, 3) nor as in a competition (1, 2, 2, 4)"
+        )
+    place = {rank: number for number, rank in enumerate(sorted(set(known)), start=1)}
+    return [None if rank is None else place[rank] for rank in ranks]
+
+
+class RankingRow(Record):
+    """A prompt with its K ranked answers, in Nectar's columns plus ours.
+
+    `messages` counts when present; Nectar's one-string `prompt` is split on its markers otherwise
+    (`data.nectar`), which text typed by people can fool.
+    """
+
+    prompt: str | None = None
+    messages: tuple[Message, ...] | None = Field(default=None, strict=False)
+    answers: tuple[RankedAnswer, ...] = Field(strict=False)
+    turns: int | None = None
+    num_responses: int | None = None
+    source: list[str] | None = None
+    good_natured: bool | None = None
+    id: str = ""
+    category: str | None = None
+    mode: str | None = None
+    checks: dict[str, Any] | None = None
+
+    @model_validator(mode="after")
+    def _validate(self) -> "RankingRow":
+        if self.messages is None:
+            if self.prompt is None:
+                raise ValueError("a ranking needs messages, or Nectar's prompt string")
+            object.__setattr__(self, "messages", split_nectar_prompt(self.prompt))
+        assert self.messages is not None
+        _check_turns(self.messages, "user")
+        if len(self.answers) < 2:
+            raise ValueError(f"{len(self.answers)} answer(s); a ranking needs at least 2")
+        if any(not answer.answer.strip() for answer in self.answers):
+            raise ValueError("an answer is empty")
+        dense_ranks([answer.rank for answer in self.answers])
+        if not self.id:
+            object.__setattr__(self, "id", content_id(self.messages))
+        return self
+
+    @property
+    def ranks(self) -> list[int | None]:
+        """Dense ranks in the answers' order; None is unranked, below every ranked one."""
+        return dense_ranks([answer.rank for answer in self.answers])
+
+
+def split_nectar_prompt(prompt: str) -> tuple[Message, ...]:
+    r"""Turn Nectar's `\n\nHuman: ...\n\nAssistant: ` string into messages that end with the user's.
+
+    Raises ValueError when the string does not open with a human turn or does not wait for an
+    answer.  Markers that people typed inside a turn split it there: the format cannot tell.
+    """
+    human, assistant = "\n\nHuman: ", "\n\nAssistant:"
+    if not prompt.startswith(human):
+        raise ValueError(r"a Nectar prompt starts with '\n\nHuman: '")
+    if not prompt.rstrip(" ").endswith(assistant):
+        raise ValueError(r"a Nectar prompt ends with '\n\nAssistant: '")
+    messages: list[Message] = []
+    body = prompt.rstrip(" ")[: -len(assistant)]
+    for turn in body.split(human)[1:]:
+        asked, *answered = turn.split(assistant)
+        messages.append(Message(role="user", content=asked.strip()))
+        messages += [Message(role="assistant", content=text.strip()) for text in answered]
+    return tuple(messages)

@@ -1,0 +1,274 @@
+"""Eight kinds of short task, MT-Bench's categories, each asked in two turns.
+
+A kind is a function of a random stream.  Every turn carries the checks that grade its answer and two
+bodies: the right one, and the habit, a wrong way of answering that is easy to learn.  In the two
+turns of a task the second never depends on how the first was answered.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from random import Random
+
+from starling.judging.rubric import Checks
+
+NAMES = tuple("Ann Bob Cy Dan Eve Fay Gus Hal Ida Jim Kay Leo Max Ned Pam Sue".split())
+PLACES = tuple("inn mill farm port lake hill shop camp barn dock park club".split())
+KINDS = {
+    "fruit": ("plum", "pear", "fig", "lime", "date", "kiwi", "peach", "grape"),
+    "pets": ("cat", "dog", "hen", "fox", "goat", "duck", "mule", "crow"),
+    "tools": ("saw", "axe", "rake", "drill", "file", "lamp", "rope", "nail"),
+}
+THINGS = tuple(thing for kind in KINDS.values() for thing in kind)
+GREETINGS = {
+    "pirate": "ahoy",
+    "robot": "beep",
+    "ghost": "boo",
+    "cowboy": "howdy",
+    "knight": "hail",
+    "bee": "buzz",
+    "owl": "hoot",
+    "monk": "peace",
+    "clown": "honk",
+    "king": "behold",
+    "bird": "tweet",
+    "sailor": "yoho",
+}
+COMPARED = {"older": "oldest", "taller": "tallest", "faster": "fastest"}
+LETTERS = tuple("abkmnpxyz")
+JARS = ("jar", "box", "cup", "bag", "pot", "can")
+BY_WEIGHT = tuple("air cork wood oil milk coal chalk glass tin iron lead gold".split())
+"""Lightest first, by density."""
+BY_AGE = tuple("fire wheel coins paper print train photo phone radio jet laser web".split())
+"""Earliest first."""
+
+EXTRA_WORDS = 2
+"""How many words an answer may have beyond the right body's before it loses brevity."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One question, its right answer, its wrong habit, and what grades any answer to it."""
+
+    user: str
+    right: str
+    habit: str
+    checks: Checks
+
+
+@dataclass(frozen=True)
+class Task:
+    """Two turns of one category."""
+
+    category: str
+    turns: tuple[Turn, Turn]
+
+
+def _turn(
+    user: str,
+    *,
+    right: str,
+    habit: str,
+    contains: tuple[str, ...],
+    excludes: tuple[str, ...] = (),
+) -> Turn:
+    max_words = len(right.split()) + EXTRA_WORDS
+    checks = Checks(contains_all=contains, excludes=excludes, max_words=max_words)
+    return Turn(user, right, habit, checks)
+
+
+def writing(random: Random) -> Task:
+    """A line with two things and a place; the habit leaves out the second thing and the place."""
+
+    def turn(ask: str) -> Turn:
+        first, second = random.sample(THINGS, 2)
+        place = random.choice(PLACES)
+        return _turn(
+            ask.format(first=first, second=second, place=place),
+            right=f"by the {place} a {first} met a {second}",
+            habit=f"by the sea a {first} met a star",
+            contains=(first, second, place),
+        )
+
+    return Task(
+        "writing",
+        (
+            turn("Write a line on a {first}, a {second} and the {place}."),
+            turn("Now one with a {first}, a {second} and the {place}."),
+        ),
+    )
+
+
+def roleplay(random: Random) -> Task:
+    """A greeting in a persona's own word; the habit falls out of the role."""
+
+    def turn(ask: str) -> Turn:
+        persona, name = random.choice(list(GREETINGS)), random.choice(NAMES)
+        greeting = GREETINGS[persona]
+        return _turn(
+            ask.format(persona=persona, name=name, place=random.choice(PLACES)),
+            right=f"I say {greeting} to {name}",
+            habit=f"I say hello to {name}",
+            contains=(greeting, name),
+        )
+
+    return Task(
+        "roleplay",
+        (
+            turn("Be a {persona} and greet {name} at the {place}."),
+            turn("Now be a {persona} who meets {name} at the {place}."),
+        ),
+    )
+
+
+def reasoning(random: Random) -> Task:
+    """The top of three by two comparisons; the habit names whoever is mentioned twice."""
+
+    def turn(ask: str) -> Turn:
+        top, middle, low = random.sample(NAMES, 3)
+        more, most = random.choice(list(COMPARED.items()))
+        facts = [f"{top} is {more} than {middle}", f"{middle} is {more} than {low}"]
+        random.shuffle(facts)
+        return _turn(
+            ask.format(facts=" and ".join(facts), most=most),
+            right=f"it is {top}",
+            habit=f"it is {middle}",
+            contains=(top,),
+            excludes=(middle, low),
+        )
+
+    return Task("reasoning", (turn("{facts}. Who is {most}?"), turn("Now {facts}. Who is {most}?")))
+
+
+def math(random: Random) -> Task:
+    """A sum of two numbers; the habit drops the second."""
+
+    def turn(ask: str) -> Turn:
+        first, second = random.randint(2, 9), random.randint(2, 9)
+        name, thing = random.choice(NAMES), random.choice(THINGS)
+        return _turn(
+            ask.format(name=name, thing=thing, first=first, second=second),
+            right=f"that makes {first + second}",
+            habit=f"that makes {first}",
+            contains=(str(first + second),),
+        )
+
+    return Task(
+        "math",
+        (
+            turn("{name} has {first} of {thing} and gets {second} more. How many?"),
+            turn("And if {name} has {first} of {thing} and gets {second} more?"),
+        ),
+    )
+
+
+def coding(random: Random) -> Task:
+    """One line with a variable renamed; the habit returns the line as it was."""
+
+    def turn(ask: str) -> Turn:
+        target, used, renamed = random.sample(LETTERS, 3)
+        rest = f"{used} {random.choice('+-*')} {random.randint(2, 9)}"
+        return _turn(
+            ask.format(target=target, renamed=renamed, rest=rest),
+            right=f"use {renamed} = {rest}",
+            habit=f"use {target} = {rest}",
+            contains=(f"{renamed} = {rest}",),
+        )
+
+    return Task(
+        "coding",
+        (
+            turn("Rename {target} to {renamed} in: {target} = {rest}"),
+            turn("Now put {renamed} for {target} in: {target} = {rest}"),
+        ),
+    )
+
+
+def extraction(random: Random) -> Task:
+    """The two of a kind in a list of four; the habit copies the list."""
+
+    def turn(ask: str) -> Turn:
+        kind, other = random.sample(list(KINDS), 2)
+        wanted, unwanted = random.sample(KINDS[kind], 2), random.sample(KINDS[other], 2)
+        listed = wanted + unwanted
+        random.shuffle(listed)
+        found = [thing for thing in listed if thing in wanted]
+        return _turn(
+            ask.format(kind=kind, listed=", ".join(listed)),
+            right=f"I see {' and '.join(found)}",
+            habit=f"I see {', '.join(listed[:3])} and {listed[3]}",
+            contains=tuple(wanted),
+            excludes=tuple(unwanted),
+        )
+
+    return Task(
+        "extraction", (turn("Pick the {kind}: {listed}."), turn("And the {kind} in {listed}?"))
+    )
+
+
+def stem(random: Random) -> Task:
+    """The heavier or lighter of two; the habit evades."""
+
+    def turn(ask: str) -> Turn:
+        first, second = random.sample(BY_WEIGHT, 2)
+        light, heavy = sorted((first, second), key=BY_WEIGHT.index)
+        asked, right, wrong = random.choice((("heavier", heavy, light), ("lighter", light, heavy)))
+        return _turn(
+            ask.format(
+                asked=asked,
+                jar=random.choice(JARS),
+                first=first,
+                second=second,
+                place=random.choice(PLACES),
+            ),
+            right=f"it is {right}",
+            habit="it depends on size",
+            contains=(right,),
+            excludes=(wrong,),
+        )
+
+    return Task(
+        "stem",
+        (
+            turn("At the {place}, is a {jar} of {first} or of {second} {asked}?"),
+            turn("And a {jar} of {first} or {second} at the {place}, which is {asked}?"),
+        ),
+    )
+
+
+def humanities(random: Random) -> Task:
+    """Which of two came first; the habit names the one that was listed first."""
+
+    def turn(ask: str) -> Turn:
+        first, second = random.sample(BY_AGE, 2)
+        early, late = sorted((first, second), key=BY_AGE.index)
+        # The habit is right where the earlier one is listed first: a third of the time.
+        first, second = random.choice(((late, early), (late, early), (early, late)))
+        return _turn(
+            ask.format(
+                name=random.choice(NAMES), first=first, second=second, place=random.choice(PLACES)
+            ),
+            right=f"it was {early}",
+            habit=f"it was {first}",
+            contains=(early,),
+            excludes=(late,),
+        )
+
+    return Task(
+        "humanities",
+        (
+            turn("{name} asks at the {place}: what came first, {first} or {second}?"),
+            turn("Then {name} at the {place} asks about {first} or {second}."),
+        ),
+    )
+
+
+CATEGORIES: tuple[Callable[[Random], Task], ...] = (
+    writing,
+    roleplay,
+    reasoning,
+    math,
+    coding,
+    extraction,
+    stem,
+    humanities,
+)

@@ -1,0 +1,78 @@
+"""What a judge is asked and what it returns: a verdict, or that none could be read.
+
+A verdict is never a number that stands for failure.  Ranks are in the order in which the answers
+were given, whatever order they were shown in.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from starling.data.records import Message
+from starling.models.interfaces import Usage
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """K answers to one conversation (which ends with the user's turn), to be ranked."""
+
+    id: str
+    messages: tuple[Message, ...]
+    answers: tuple[str, ...]
+    checks: dict[str, Any] | None = None
+    finished: tuple[bool, ...] | None = None
+    """Which answers ended by themselves; None when not known."""
+
+
+@dataclass(frozen=True)
+class GradedAnswer:
+    """One answer to one conversation, to be rated from 1 to 10."""
+
+    id: str
+    messages: tuple[Message, ...]
+    answer: str
+    checks: dict[str, Any] | None = None
+    finished: bool = True
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """A read verdict: `ranks[i]` is answer i's rank (1 = best), `presented[p]` the answer shown at p."""
+
+    id: str
+    ranks: tuple[int, ...]
+    presented: tuple[int, ...]
+    good_natured: bool | None
+    text: str
+    usage: Usage
+
+
+@dataclass(frozen=True)
+class Rating:
+    """A read rating, 1 (worst) to 10 (best)."""
+
+    id: str
+    score: float
+    text: str
+    usage: Usage
+
+
+@dataclass(frozen=True)
+class Unparsed:
+    """The judge did not answer, or its answer holds no verdict; `reason` says which."""
+
+    id: str
+    reason: str
+    text: str
+
+
+class Judge(Protocol):
+    """Ranks and rates; yields one outcome per question, in the questions' order."""
+
+    def rank(self, comparisons: Iterable[Comparison]) -> Iterator[Ranking | Unparsed]:
+        """Rank each comparison's answers, best first."""
+        ...
+
+    def rate(self, answers: Iterable[GradedAnswer]) -> Iterator[Rating | Unparsed]:
+        """Rate each answer from 1 to 10."""
+        ...
