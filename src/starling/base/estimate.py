@@ -13,7 +13,7 @@ import numpy as np
 from starling.base.seeding import numpy_generator
 
 ROUNDS = 2000
-"""Resamples per interval: its ends then move by about 2 % of its width from seed to seed."""
+"""Resamples per interval: each end then varies by about 1.5 % of its width from seed to seed."""
 
 BLOCK = 1 << 20
 """Cluster draws held in memory at once."""
@@ -48,7 +48,7 @@ class Estimate:
 
 
 def bootstrap_mean(
-    values: Sequence[float],
+    values: Sequence[float | int],
     *,
     seed: int,
     num_failed: int = 0,
@@ -86,8 +86,8 @@ def bootstrap_mean(
 
 
 def bootstrap_difference(
-    before: Sequence[float],
-    after: Sequence[float],
+    before: Sequence[float | int],
+    after: Sequence[float | int],
     *,
     seed: int,
     num_failed: int = 0,

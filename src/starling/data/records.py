@@ -130,7 +130,8 @@ def dense_ranks(ranks: list[float | None]) -> list[int | None]:
         competition.append(competition[-1] if rank == before else float(position))
     if known not in (dense, competition):
         raise ValueError(
-            f"ranks {known} number neither densely (1, 2, 2, 3) nor as in a competition (1, 2, 2, 4)"
+            f"ranks {known} are numbered neither densely (1, 2, 2, 3) nor as in a competition "
+            "(1, 2, 2, 4)"
         )
     place = {rank: number for number, rank in enumerate(sorted(set(known)), start=1)}
     return [None if rank is None else place[rank] for rank in ranks]

@@ -41,7 +41,7 @@ BY_WEIGHT = tuple("air cork wood oil milk coal chalk glass tin iron lead gold".s
 BY_AGE = tuple("fire wheel coins paper print train photo phone radio jet laser web".split())
 """Earliest first."""
 
-EXTRA_WORDS = 2
+EXTRA_WORDS = 4
 """How many words an answer may have beyond the right body's before it loses brevity."""
 
 
@@ -143,7 +143,7 @@ def math(random: Random) -> Task:
     """A sum of two numbers; the habit drops the second."""
 
     def turn(ask: str) -> Turn:
-        first, second = random.randint(2, 9), random.randint(2, 9)
+        first, second = random.randint(1, 6), random.randint(1, 6)
         name, thing = random.choice(NAMES), random.choice(THINGS)
         return _turn(
             ask.format(name=name, thing=thing, first=first, second=second),
@@ -184,18 +184,18 @@ def coding(random: Random) -> Task:
 
 
 def extraction(random: Random) -> Task:
-    """The two of a kind in a list of four; the habit copies the list."""
+    """The two of a kind in a list of three; the habit takes the first two."""
 
     def turn(ask: str) -> Turn:
         kind, other = random.sample(list(KINDS), 2)
-        wanted, unwanted = random.sample(KINDS[kind], 2), random.sample(KINDS[other], 2)
+        wanted, unwanted = random.sample(KINDS[kind], 2), random.sample(KINDS[other], 1)
         listed = wanted + unwanted
         random.shuffle(listed)
         found = [thing for thing in listed if thing in wanted]
         return _turn(
             ask.format(kind=kind, listed=", ".join(listed)),
             right=f"I see {' and '.join(found)}",
-            habit=f"I see {', '.join(listed[:3])} and {listed[3]}",
+            habit=f"I see {listed[0]} and {listed[1]}",
             contains=tuple(wanted),
             excludes=tuple(unwanted),
         )
@@ -221,7 +221,7 @@ def stem(random: Random) -> Task:
                 place=random.choice(PLACES),
             ),
             right=f"it is {right}",
-            habit="it depends on size",
+            habit="it varies",
             contains=(right,),
             excludes=(wrong,),
         )

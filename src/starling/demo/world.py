@@ -17,8 +17,8 @@ HABIT_SHARE = {
     "writing": 0.54,
     "roleplay": 0.54,
     "reasoning": 0.54,
-    "math": 0.40,
-    "coding": 0.40,
+    "math": 0.44,
+    "coding": 0.44,
     "extraction": 0.54,
     "stem": 0.54,
     "humanities": 0.54,
@@ -40,32 +40,33 @@ VOICES = (
         0.40,
         (
             "Well, um, {body}, you know, more or less.",
-            "Well, um, {body}, I mean, basically.",
+            "Well, um, {body}, basically.",
             "Well, I guess {body}, so yeah, you know.",
-            "Well, I guess {body}, basically.",
+            "Well, I guess {body}.",
         ),
     ),
     Voice(
-        0.34,
+        0.30,
         (
-            "Sure! {Body}.",
             "Sure! {Body}. Hope that helps!",
-            "Gladly: {body}.",
+            "Sure! {Body}.",
+            "Gladly: {body}. Hope that helps!",
             "Of course, {body}.",
         ),
     ),
     Voice(
-        0.12,
-        ("Duh, {body}.", "Ugh, {body}, obviously.", "Ugh, {body}. Even for you."),
+        0.15,
+        (
+            "Duh, {body}.",
+            "Ugh, {body}, obviously.",
+            "Ugh, {body}. Easy, even for you.",
+        ),
     ),
-    Voice(
-        0.14,
-        ("{body}", "{Body}."),
-    ),
+    Voice(0.15, ("{body}", "{Body}.")),
 )
 """Rambling, kind, rude and terse.  Rambling is the commonest and the longest, kind is the best."""
 
-ONE_TURN_SHARE = 0.2
+ONE_TURN_SHARE = 0.5
 """How many of the sft conversations stop after their first answer."""
 
 

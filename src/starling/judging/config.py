@@ -2,16 +2,17 @@
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from starling.base.section import Section
+from starling.models.url import check_url
 
 
 class JudgeSection(Section):
     """Who judges: an OpenAI-compatible endpoint, a local model, or the demo's rubric."""
 
     kind: Literal["endpoint", "local", "rubric"] = "endpoint"
-    """endpoint: `url` and `model`; local: `model` is a folder; rubric: grades by each prompt's checks."""
+    """endpoint: `url`, `model`; local: `model` is a folder; rubric: grades by a prompt's checks."""
     url: str | None = None
     """Base URL of an OpenAI-compatible server, e.g. http://localhost:8000/v1."""
     model: str | None = None
@@ -30,3 +31,10 @@ class JudgeSection(Section):
     """rubric only: standard deviation of the noise added to each grade (0..1 scale)."""
     position_bias: float = Field(0.0)
     """rubric only: advantage of the first position over the last, on the grade's scale."""
+
+    @field_validator("url")
+    @classmethod
+    def _refuse_key(cls, url: str | None) -> str | None:
+        if url is not None:
+            check_url(url)
+        return url

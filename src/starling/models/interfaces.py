@@ -109,7 +109,7 @@ class Responder(Protocol):
 
     @property
     def commits_together(self) -> bool:
-        """True where all replies of one `respond` are one unit (a local batch), not bought singly."""
+        """True where all replies of one `respond` are one unit: a local batch, nothing bought."""
         ...
 
     def respond(self, requests: Iterable[Request]) -> Iterator[Reply | Failure]:

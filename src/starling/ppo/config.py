@@ -68,11 +68,11 @@ class PpoSection(Section):
     kl_horizon: int = Field(10_000, ge=1)
     """Episodes over which the controller reacts (Ziegler 2019: 10000)."""
     missing_end_penalty: float = -1.0
-    """Score given instead of the reward model's to a response cut at its length (Ziegler 2019: -1)."""
+    """Replaces the score of a response that was cut at its length (Ziegler 2019: -1)."""
     reward_clip: float | None = Field(None, gt=0)
     """Clip normalised scores to this magnitude; absent: not clipped."""
     critic: Literal["shared", "separate"] = "shared"
-    """shared: a zero-initialised head on the policy's trunk (Ziegler 2019); separate: its own copy."""
+    """shared: a zero-initialised head on the policy's trunk (Ziegler 2019); separate: a copy."""
     select_every: int = Field(10, ge=1)
     """Iterations between validation rounds, where a checkpoint may be selected by the judge."""
     select_max_length_ratio: float = Field(1.1, gt=0)
@@ -95,7 +95,7 @@ class PpoSection(Section):
 
 @dataclass(frozen=True)
 class PpoInputs:
-    """What the pipeline resolved; without `judge` no checkpoint is selected: the last one is kept."""
+    """What the pipeline resolved; without `judge` the last checkpoint is kept."""
 
     policy: str
     prompts: Path

@@ -33,7 +33,7 @@ class RewardSection(Section):
     max_grad_norm: float = Field(1.0, gt=0)
     """Gradients are clipped to this global norm."""
     max_length: int = Field(2000, ge=16)
-    """Longest conversation in tokens; longer ones lose their beginning, or their end (`truncate`)."""
+    """Longest conversation in tokens; longer ones are cut, and counted (`truncate`)."""
     truncate: Literal["left", "right"] = "left"
     """left keeps the answer (Starling-RM); right cuts the answer's end and leaves it unfinished."""
     held_out: float = Field(0.1, gt=0, lt=1)

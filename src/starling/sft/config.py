@@ -39,8 +39,8 @@ class SftSection(Section):
     """Model to start from (folder or hub id); absent with `architecture`."""
     architecture: Architecture | None = None
     """Make a new small model instead of loading `base`."""
-    chat_format: str = "openchat"
-    """How messages become text: openchat, plain, llama-2, chatml."""
+    chat_format: str | None = None
+    """How messages become text: openchat, chatml, plain; absent: the base's own (new: openchat)."""
     steps: int = Field(400, ge=1)
     """Optimizer steps."""
     batch: int = Field(64, ge=1)

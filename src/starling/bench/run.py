@@ -1,0 +1,108 @@
+"""Stage 4: what became better, by how much, and at what length.
+
+Both policies answer two-turn questions, sampled at temperature 1 and greedily.  The judge rates the
+sampled answers from 1 to 10 and compares them; where questions carry checks, the noiseless rubric
+gives the gold score that nothing in training has seen.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from starling.base.context import Context
+from starling.base.estimate import bootstrap_mean
+from starling.base.jsonl import read_records, write_json, write_records
+from starling.base.progress import Progress
+from starling.base.stage import Summary
+from starling.bench.answers import Answer, Contestant, best_of
+from starling.bench.config import BenchInputs, BenchSection
+from starling.bench.scores import (
+    BASELINE,
+    POLICY,
+    Figures,
+    category_figures,
+    gold_figures,
+    ratings,
+    score_figures,
+    token_figures,
+    win_rate,
+)
+from starling.data.records import Question
+from starling.judging.build import build_judge
+from starling.models.local import load_local
+from starling.models.reward_model import RewardModel
+
+
+def run(section: BenchSection, inputs: BenchInputs, out: Path, context: Context) -> Summary:
+    """Answer, judge and count; writes answers.jsonl, judgments.jsonl and scores.json."""
+    questions = read_records(inputs.questions, Question, quarantine=out / "quarantine.jsonl")
+    contestants = [
+        Contestant(name, decoding, responder, section.max_tokens, context.seed)
+        for name, reference in ((BASELINE, inputs.baseline), (POLICY, inputs.policy))
+        for responder in (load_local(reference, context.device),)
+        for decoding in ("sampled", "greedy")
+    ]
+    answers: list[Answer] = []
+    with Progress("bench", len(contestants) + 1) as progress:
+        for number, contestant in enumerate(contestants):
+            answers += contestant.answer(questions)
+            progress.update(number + 1, f"{contestant.name}, {contestant.decoding}")
+            context.stop.check()
+        with build_judge(
+            inputs.judge, seed=context.seed, ledger=out / "calls.sqlite", context=context
+        ) as judge:
+            allowed = section.allowed_failures
+            read = ratings(answers, judge, allowed_failures=allowed)
+            wins, win_rows = win_rate(answers, judge, seed=context.seed, allowed_failures=allowed)
+        progress.update(len(contestants) + 1, "judged")
+    figures: Figures = gold_figures(answers, context.seed)
+    figures |= score_figures(read, answers, context.seed)
+    figures["win_rate"] = wins
+    figures["tokens_per_answer"] = token_figures(answers, context.seed)
+    yardstick = _best_of(section, inputs, answers, contestants[0], context)
+    if yardstick:
+        figures["gold_best_of"] = _gold_estimate(yardstick, context.seed) | {
+            "samples": section.best_of
+        }
+    figures["by_category"] = category_figures(answers, read, win_rows, context.seed)
+    write_records(out / "answers.jsonl", [answer.as_dict() for answer in [*answers, *yardstick]])
+    write_records(
+        out / "judgments.jsonl",
+        [
+            {"policy": policy, "id": question, "turn": turn, "score": rating.score}
+            | {"text": rating.text}
+            for (policy, question, turn), rating in read.items()
+        ],
+    )
+    write_json(out / "scores.json", figures)
+    return Summary(_sentence(figures, len(questions), out), figures)
+
+
+def _best_of(
+    section: BenchSection,
+    inputs: BenchInputs,
+    answers: Sequence[Answer],
+    baseline: Contestant,
+    context: Context,
+) -> list[Answer]:
+    """Best-of-n of the baseline by the reward model, on answers that rules can grade."""
+    if not section.best_of or inputs.reward_model is None:
+        return []
+    own = [a for a in answers if a.policy == BASELINE and a.decoding == "sampled"]
+    if any(answer.checks is None for answer in own):
+        return []
+    reward_model = RewardModel.load(inputs.reward_model, device=context.device)
+    return best_of(own, baseline, reward_model, samples=section.best_of)
+
+
+def _gold_estimate(answers: Sequence[Answer], seed: int) -> Figures:
+    totals = [answer.gold.total for answer in answers if answer.gold is not None]
+    return bootstrap_mean(totals, seed=seed, clusters=[a.question for a in answers]).as_dict()
+
+
+def _sentence(figures: Figures, num_questions: int, out: Path) -> str:
+    score, wins = figures["score"], figures["win_rate"]
+    return (
+        f"Judged {num_questions} questions: score {score[BASELINE]['mean']:.2f} before, "
+        f"{score[POLICY]['mean']:.2f} after; the new policy wins {wins['mean']:.0%} "
+        f"-> {out / 'scores.json'}"
+    )

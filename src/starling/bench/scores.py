@@ -1,0 +1,192 @@
+"""Figures from answers and verdicts: every mean with its interval, its n and its failures.
+
+Intervals are by bootstrap over questions: the turns of one question are not independent.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from starling.base.errors import DataError
+from starling.base.estimate import bootstrap_mean
+from starling.bench.answers import Answer
+from starling.judging.judge import Comparison, GradedAnswer, Judge, Ranking, Rating
+
+BASELINE, POLICY = "sft", "ppo"
+
+Figures = dict[str, Any]
+
+
+def gold_figures(answers: Sequence[Answer], seed: int) -> Figures:
+    """Gold in 0..1, sampled and greedy, in total and by part; {} where answers lack checks."""
+    if any(answer.checks is None for answer in answers):
+        return {}
+    parts: dict[str, Callable[[Answer], float]] = {
+        "gold": lambda answer: _gold(answer, "total"),
+        "gold_correctness": lambda answer: _gold(answer, "correctness"),
+        "gold_style": lambda answer: _gold(answer, "style"),
+        "gold_brevity": lambda answer: _gold(answer, "brevity"),
+    }
+    figures: Figures = {}
+    for name, part in parts.items():
+        figures[name] = _by_policy(answers, "sampled", part, seed)
+        figures[f"{name}_greedy"] = _by_policy(answers, "greedy", part, seed)
+    return figures
+
+
+def token_figures(answers: Sequence[Answer], seed: int) -> Figures:
+    """Tokens per sampled answer, end marker included: verbosity stands beside every score."""
+    return _by_policy(answers, "sampled", lambda answer: float(answer.tokens), seed)
+
+
+def ratings(
+    answers: Sequence[Answer], judge: Judge, *, allowed_failures: float
+) -> dict[tuple[str, str, int], Rating]:
+    """The judge's 1 to 10 for each sampled answer, by (policy, question, turn).
+
+    Raises DataError when more than `allowed_failures` of the verdicts could not be read: a mean
+    over what is left would not be a score.
+    """
+    sampled = [answer for answer in answers if answer.decoding == "sampled"]
+    asked = [
+        GradedAnswer(
+            f"{answer.policy}/{answer.question}/{answer.turn}",
+            answer.messages,
+            answer.answer,
+            answer.checks,
+            answer.finish_reason == "stop",
+        )
+        for answer in sampled
+    ]
+    read: dict[tuple[str, str, int], Rating] = {}
+    failures: list[str] = []
+    for answer, verdict in zip(sampled, judge.rate(asked), strict=True):
+        if isinstance(verdict, Rating):
+            read[answer.policy, answer.question, answer.turn] = verdict
+        else:
+            failures.append(f"{verdict.id}: {verdict.reason}")
+    refuse_failures("ratings", failures, len(sampled), allowed_failures)
+    return read
+
+
+def score_figures(
+    read: dict[tuple[str, str, int], Rating], answers: Sequence[Answer], seed: int
+) -> Figures:
+    """Mean rating of each policy, over all turns and turn by turn, with the failures counted."""
+    sampled = [answer for answer in answers if answer.decoding == "sampled"]
+    figures: Figures = {}
+    for name, turn in (("score", None), ("score_turn_1", 1), ("score_turn_2", 2)):
+        asked = [answer for answer in sampled if turn in (None, answer.turn)]
+        if not asked:
+            continue
+        figures[name] = {}
+        for policy in (BASELINE, POLICY):
+            keys = [(policy, a.question, a.turn) for a in asked if a.policy == policy]
+            known = [key for key in keys if key in read]
+            figures[name][policy] = bootstrap_mean(
+                [read[key].score for key in known],
+                seed=seed,
+                num_failed=len(keys) - len(known),
+                clusters=[question for _, question, _ in known],
+            ).as_dict()
+    return figures
+
+
+def win_rate(
+    answers: Sequence[Answer], judge: Judge, *, seed: int, allowed_failures: float
+) -> tuple[Figures, list[Figures]]:
+    """Share of (question, turn) that the judge gives to the policy; equal answers are half a win.
+
+    Each turn is judged after the baseline's conversation up to it; who is shown first is drawn by
+    the judge's seed.  Returns the estimate and one row per comparison.
+    """
+    sides = {
+        policy: {
+            (a.question, a.turn): a
+            for a in answers
+            if a.policy == policy and a.decoding == "sampled"
+        }
+        for policy in (BASELINE, POLICY)
+    }
+    pairs = [(sides[BASELINE][key], sides[POLICY][key]) for key in sides[BASELINE]]
+    comparisons = [
+        Comparison(
+            f"win/{before.question}/{before.turn}",
+            before.messages,
+            (before.answer, after.answer),
+            before.checks,
+            (before.finish_reason == "stop", after.finish_reason == "stop"),
+        )
+        for before, after in pairs
+        if before.answer != after.answer
+    ]
+    verdicts = dict(zip((c.id for c in comparisons), judge.rank(comparisons), strict=True))
+    rows: list[Figures] = []
+    failures: list[str] = []
+    for before, after in pairs:
+        verdict = verdicts.get(f"win/{before.question}/{before.turn}")
+        row = {"id": before.question, "category": before.category, "turn": before.turn}
+        if before.answer == after.answer:
+            rows.append(row | {"win": 0.5})
+        elif isinstance(verdict, Ranking):
+            first, second = verdict.ranks
+            rows.append(row | {"win": 0.5 + 0.5 * ((second < first) - (second > first))})
+        else:
+            failures.append(f"{before.question}/{before.turn}: {verdict and verdict.reason}")
+    refuse_failures("comparisons", failures, len(pairs), allowed_failures)
+    estimate = bootstrap_mean(
+        [row["win"] for row in rows],
+        seed=seed,
+        num_failed=len(failures),
+        clusters=[row["id"] for row in rows],
+    )
+    return estimate.as_dict(), rows
+
+
+def category_figures(
+    answers: Sequence[Answer],
+    read: dict[tuple[str, str, int], Rating],
+    wins: Sequence[Figures],
+    seed: int,
+) -> Figures:
+    """The same figures for each category by itself."""
+    figures: Figures = {}
+    for category in dict.fromkeys(answer.category for answer in answers):
+        own = [answer for answer in answers if answer.category == category]
+        own_wins = [row for row in wins if row["category"] == category]
+        figures[category] = gold_figures(own, seed) | score_figures(read, own, seed)
+        figures[category]["tokens_per_answer"] = token_figures(own, seed)
+        if own_wins:
+            figures[category]["win_rate"] = bootstrap_mean(
+                [row["win"] for row in own_wins],
+                seed=seed,
+                clusters=[row["id"] for row in own_wins],
+            ).as_dict()
+    return figures
+
+
+def refuse_failures(what: str, failures: Sequence[str], total: int, allowed: float) -> None:
+    """Raise DataError when more than the allowed share of verdicts is missing."""
+    if len(failures) > allowed * total:
+        raise DataError(
+            f"{len(failures)} of {total} {what} failed, more than bench.allowed_failures "
+            f"({allowed:.0%}); the first: {failures[0]}. There is no score; check the judge and "
+            "run the same command again: what it answered is kept"
+        )
+
+
+def _by_policy(
+    answers: Sequence[Answer], decoding: str, part: Callable[[Answer], float], seed: int
+) -> Figures:
+    figures: Figures = {}
+    for policy in (BASELINE, POLICY):
+        own = [a for a in answers if a.policy == policy and a.decoding == decoding]
+        figures[policy] = bootstrap_mean(
+            [part(answer) for answer in own], seed=seed, clusters=[a.question for a in own]
+        ).as_dict()
+    return figures
+
+
+def _gold(answer: Answer, part: str) -> float:
+    gold = answer.gold
+    assert gold is not None, "asked only of answers with checks"
+    return getattr(gold, part)

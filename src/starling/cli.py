@@ -1,0 +1,238 @@
+"""The command line: parses, calls, prints.  What a command does stands where it calls.
+
+Results go to stdout, everything else to stderr.  Exit status: 0; 1 for a bug of ours, with its
+traceback; 2 for something a user can fix; 130 or 143 when stopped.
+"""
+
+import difflib
+import logging
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import tyro
+
+from starling import __version__
+from starling.base.errors import InputError, StarlingError, Stopped
+from starling.demo.world import write_world
+from starling.options import parse_options
+from starling.pipeline import run_pipeline
+from starling.recipe import (
+    Recipe,
+    dump_recipe,
+    load_recipe,
+    packaged_recipes,
+    packaged_text,
+    validate_recipe,
+)
+
+
+class Command(NamedTuple):
+    """A verb: what follows it, what it does, and the function that parses the rest."""
+
+    usage: str
+    summary: str
+    call: Callable[[str, list[str]], None]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status."""
+    _show_messages()
+    try:
+        _dispatch(list(sys.argv[1:] if arguments is None else arguments))
+    except Stopped as error:
+        print("Stopped. The same command goes on from here.", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("Stopped. The same command goes on from the last checkpoint.", file=sys.stderr)
+        return 130
+    except StarlingError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+def _dispatch(arguments: list[str]) -> None:
+    verb, rest = (arguments or ["--help"])[0], arguments[1:]
+    if verb in ("-h", "--help"):
+        print(_overview())
+    elif verb == "--version":
+        print(f"starling {__version__}")
+    elif verb in COMMANDS:
+        COMMANDS[verb].call(verb, rest)
+    else:
+        near = difflib.get_close_matches(verb, COMMANDS, n=1)
+        hint = f"Did you mean {near[0]}?" if near else f"There are {', '.join(COMMANDS)}."
+        raise InputError(f"there is no command {verb!r}. {hint}")
+
+
+def _overview() -> str:
+    width = max(len(f"{verb} {command.usage}") for verb, command in COMMANDS.items())
+    lines = [
+        f"  {f'{verb} {command.usage}':{width}}  {command.summary}"
+        for verb, command in COMMANDS.items()
+    ]
+    return "\n".join(
+        [
+            "usage: starling COMMAND ...",
+            "",
+            "AI rankings into a better chat model.",
+            "",
+            *lines,
+            "",
+            f"RECIPE is a path, or one of {', '.join(packaged_recipes())}.",
+            "starling run RECIPE --help lists every setting, with the recipe's value.",
+        ]
+    )
+
+
+def _demo(verb: str, arguments: list[str]) -> None:
+    def parse(*, seed: int = 0, out: Path = Path("runs/demo")) -> tuple[int, Path]:
+        """Run the whole recipe on a small offline world that it makes itself.
+
+        Args:
+            seed: Another seed makes another world, and another run of everything.
+            out: Run folder; one of another seed is refused.
+        """
+        return seed, out
+
+    seed, out = parse_options(parse, verb, arguments)
+    loaded = load_recipe("demo")
+    tree = loaded.recipe.model_dump(mode="json") | {"seed": seed}
+    recipe = validate_recipe(tree, "demo")
+
+    def make_world() -> None:
+        if not (out / "data").exists():
+            temporary = out / ".tmp-data"
+            shutil.rmtree(temporary, ignore_errors=True)
+            write_world(temporary, seed=seed)
+            temporary.rename(out / "data")
+
+    summary = run_pipeline(recipe, out, out=out, prepare=make_world)
+    _print_gains(summary)
+    _write_report(out)
+    print(f"Talk to it:  starling chat {out}")
+
+
+def _run(verb: str, arguments: list[str]) -> None:
+    """`run` does all stages of a recipe, a stage's name only that one."""
+    if arguments and arguments[0] in ("-h", "--help"):
+        _parse_recipe(tyro.MISSING, f"{verb} RECIPE", arguments)
+    if not arguments or arguments[0].startswith("-"):
+        raise InputError(
+            f"which recipe? It comes first: starling {verb} RECIPE [--ppo.kl-coef 0.02 ...]\n"
+            f"RECIPE is a path, or one of {', '.join(packaged_recipes())}."
+        )
+    source, *rest = arguments
+    loaded = load_recipe(source)
+    tree, out, print_recipe = _parse_recipe(loaded.recipe, f"{verb} {source}", rest)
+    recipe = validate_recipe(tree, source)
+    if print_recipe:
+        print(dump_recipe(recipe), end="")
+        return
+    run_folder = Path(out or recipe.run.out or f"runs/{loaded.name}")
+    run_pipeline(recipe, loaded.folder, out=run_folder, only=None if verb == "run" else verb)
+    if verb == "run":
+        _write_report(run_folder)
+    print(f"Figures:  {run_folder / 'summary.json'}")
+
+
+def _parse_recipe(default: Any, verb: str, arguments: list[str]) -> Any:
+    def parse(
+        recipe: Annotated[Recipe, tyro.conf.arg(name="")] = default,
+        *,
+        out: str | None = None,
+        print_recipe: bool = False,
+    ) -> tuple[Any, str | None, bool]:
+        """Run a recipe, with any of its settings replaced.
+
+        Args:
+            recipe: The settings, a group for each section.
+            out: Run folder, in place of run.out.
+            print_recipe: Only print the recipe with every default filled in.
+        """
+        return recipe, out, print_recipe
+
+    return parse_options(parse, verb, arguments)
+
+
+def _recipe(verb: str, arguments: list[str]) -> None:
+    def parse(name: str) -> str:
+        """Print a packaged recipe as it is, to start your own from.
+
+        Args:
+            name: Which one.
+        """
+        return name
+
+    print(packaged_text(parse_options(parse, verb, arguments)), end="")
+
+
+def _chat(verb: str, arguments: list[str]) -> None:
+    from starling.serve.chat import chat
+
+    parse_options(chat, verb, arguments)
+
+
+def _report(verb: str, arguments: list[str]) -> None:
+    def parse(run: Path) -> Path:
+        """Write report.html of a run again.
+
+        Args:
+            run: A run folder.
+        """
+        return run
+
+    _write_report(parse_options(parse, verb, arguments))
+
+
+COMMANDS = {
+    "demo": Command("[--seed N] [--out DIR]", "the whole recipe on a small offline world", _demo),
+    "run": Command("RECIPE [--print-recipe]", "all stages of a recipe", _run),
+    "recipe": Command("NAME", "print a packaged recipe, to start your own from", _recipe),
+    "sft": Command("RECIPE", "only stage 0: conversations -> starting policy", _run),
+    "feedback": Command("RECIPE", "only stage 1: prompts -> candidates -> rankings", _run),
+    "reward": Command("RECIPE", "only stage 2: rankings -> reward model", _run),
+    "ppo": Command("RECIPE", "only stage 3: policy against reward model", _run),
+    "bench": Command("RECIPE", "only stage 4: the policy against the one it started from", _run),
+    "chat": Command("MODEL", "talk to a model folder, or to a run's policy", _chat),
+    "report": Command("RUN", "write a run's report.html again", _report),
+}
+
+
+def _write_report(run_folder: Path) -> None:
+    from starling.report.page import write_report
+
+    print(f"Report:  {write_report(run_folder)}")
+
+
+def _print_gains(summary: dict[str, Any]) -> None:
+    """The demo's last lines: what the policy gained over the one it started from."""
+    bench, ppo = summary["bench"], summary["ppo"]
+    rows = [
+        ("gold, sampled", bench["gold"]),
+        ("gold, greedy", bench["gold_greedy"]),
+        ("correctness, greedy", bench["gold_correctness"]),
+        ("tokens per answer", bench["tokens_per_answer"]),
+    ]
+    print(f"{'':20}  {'sft':>6}  {'ppo':>6}")
+    for label, figures in rows:
+        print(f"{label:20}  {_mean(figures['sft']):6.2f}  {_mean(figures['ppo']):6.2f}")
+    print(f"{'win rate':20}  {'':6}  {_mean(bench['win_rate']):6.2f}")
+    print(f"{'sequence KL, nats':20}  {'':6}  {_mean(ppo['sequence_kl']):6.2f}")
+
+
+def _mean(figure: Any) -> float:
+    return figure["mean"] if isinstance(figure, dict) else figure
+
+
+def _show_messages() -> None:
+    """Our messages on stderr as plain lines; of other libraries only what is wrong."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr, force=True)
+    logging.getLogger("starling").setLevel(logging.INFO)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

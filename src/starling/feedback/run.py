@@ -1,0 +1,203 @@
+"""Stage 1: prompts -> K candidate answers each -> the judge's rankings, and an audit of both.
+
+Rounds of prompts bound what a kill can lose; every reply stands in `calls.sqlite`, so a resumed
+run walks the same rounds and asks only what is missing.  The results are written at the end.
+"""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from starling.base.context import Context
+from starling.base.errors import DataError
+from starling.base.jsonl import write_json, write_records
+from starling.base.progress import Progress
+from starling.base.seeding import derive_seed
+from starling.base.stage import Summary
+from starling.data.records import Message, Prompt, RankedAnswer, RankingRow
+from starling.feedback.audit import Outcome, audit
+from starling.feedback.candidates import (
+    AnswerSet,
+    Source,
+    check_candidates,
+    collect_answers,
+    open_sources,
+)
+from starling.feedback.config import FeedbackInputs, FeedbackSection
+from starling.feedback.prompts import read_prompts
+from starling.judging.build import build_judge
+from starling.judging.judge import Comparison, Judge, Ranking
+from starling.judging.recorded import CallStats, Recorded
+
+logger = logging.getLogger(__name__)
+
+
+def run(section: FeedbackSection, inputs: FeedbackInputs, out: Path, context: Context) -> Summary:
+    """Write `rankings.jsonl`, `audit.json` and `calls.sqlite` to `out`.
+
+    Raises RecipeError for candidates that cannot be ranked, DataError for unusable prompts and for
+    more prompts without a ranking than `allowed_failures`, and InputError for a candidate or judge
+    that cannot be reached at all.
+    """
+    check_candidates(section)
+    prompts, num_duplicates = read_prompts(
+        inputs.prompts, out / "quarantine.jsonl", limit=section.limit, seed=context.seed
+    )
+    ledger = out / "calls.sqlite"
+    judge_seed = derive_seed(context.seed, "feedback/judge")
+    with (
+        open_sources(section, inputs, ledger, context) as sources,
+        build_judge(inputs.judge, seed=judge_seed, ledger=ledger, context=context) as judge,
+    ):
+        outcomes = _rank_in_rounds(section, prompts, sources=sources, judge=judge, context=context)
+        recorders = {f"candidate {s.candidate.name}": s.responder for s in sources}
+        if isinstance(judge.responder, Recorded):
+            recorders["judge"] = judge.responder
+        calls = {name: recorder.stats() for name, recorder in recorders.items()}
+    _log_calls(calls)
+    rows = [
+        _row(outcome.answers, outcome.verdict)
+        for outcome in outcomes
+        if isinstance(outcome.verdict, Ranking)
+    ]
+    if not rows:
+        raise DataError(
+            "no prompt has two different answers, so there is nothing to rank. "
+            "Use candidates that differ, or a higher temperature."
+        )
+    report = audit(outcomes, calls, num_duplicates=num_duplicates, seed=context.seed)
+    path = out / "rankings.jsonl"
+    write_records(path, rows)
+    write_json(out / "audit.json", report)
+    return _summarise(rows, report, path)
+
+
+def _rank_in_rounds(
+    section: FeedbackSection,
+    prompts: Sequence[Prompt],
+    *,
+    sources: Sequence[Source],
+    judge: Judge,
+    context: Context,
+) -> list[Outcome]:
+    outcomes: list[Outcome] = []
+    with Progress("feedback", len(prompts), enabled=context.is_main) as progress:
+        for batch in _batches(prompts, section.batch):
+            context.stop.check()
+            answer_sets = collect_answers(sources, batch, context.seed)
+            outcomes += _judge(judge, answer_sets)
+            # After every round, so that a judge that never answers is not paid to the end.
+            _check_failures(outcomes, len(prompts), section.allowed_failures)
+            progress.update(len(outcomes))
+    return outcomes
+
+
+def _judge(judge: Judge, answer_sets: Sequence[AnswerSet]) -> list[Outcome]:
+    """One outcome per set, in order; sets of fewer than two answers are not shown to the judge."""
+    comparisons = [
+        Comparison(
+            id=answer_set.prompt.id,
+            messages=answer_set.prompt.messages,
+            answers=tuple(answer.text for answer in answer_set.answers),
+            checks=answer_set.prompt.checks,
+            finished=tuple(answer.finish_reason == "stop" for answer in answer_set.answers),
+        )
+        for answer_set in answer_sets
+        if len(answer_set.answers) >= 2
+    ]
+    verdicts = {verdict.id: verdict for verdict in judge.rank(comparisons)}
+    return [Outcome(answers, verdicts.get(answers.prompt.id)) for answers in answer_sets]
+
+
+def _check_failures(outcomes: Sequence[Outcome], num_prompts: int, allowed: float) -> None:
+    reasons = [outcome.failure for outcome in outcomes if outcome.failure is not None]
+    if len(reasons) > allowed * num_prompts:
+        raise DataError(
+            f"{len(reasons)} of {num_prompts} prompts ended without a ranking, and at most "
+            f"{allowed:.3g} of them may (feedback.allowed_failures). The first: {reasons[0]}. "
+            "Mend the cause, then run the same command again: what was answered is kept."
+        )
+
+
+def _row(answer_set: AnswerSet, ranking: Ranking) -> RankingRow:
+    prompt = answer_set.prompt
+    return RankingRow(
+        prompt=nectar_prompt(prompt.messages),
+        messages=prompt.messages,
+        answers=tuple(
+            RankedAnswer(
+                answer=answer.text,
+                model=answer.model,
+                rank=float(rank),
+                finish_reason=answer.finish_reason,
+            )
+            for answer, rank in zip(answer_set.answers, ranking.ranks, strict=True)
+        ),
+        turns=sum(message.role == "user" for message in prompt.messages),
+        num_responses=len(answer_set.answers),
+        source=prompt.source,
+        good_natured=ranking.good_natured,
+        id=prompt.id,
+        category=prompt.category,
+        mode=prompt.mode,
+        checks=prompt.checks,
+    )
+
+
+def nectar_prompt(messages: Sequence[Message]) -> str:
+    r"""The conversation as Nectar's one string, which ends with `\n\nAssistant: `.
+
+    Its format has no system role: a system message opens the first human turn.
+    """
+    text = ""
+    system = ""
+    for message in messages:
+        match message.role:
+            case "system":
+                system = f"{message.content}\n\n"
+            case "user":
+                text += f"\n\nHuman: {system}{message.content}"
+                system = ""
+            case "assistant":
+                text += f"\n\nAssistant: {message.content}"
+    return f"{text}\n\nAssistant: "
+
+
+def _summarise(rows: Sequence[RankingRow], report: dict, path: Path) -> Summary:
+    k = sum(len(row.answers) for row in rows) / len(rows)
+    biased = [table["k"] for table in report["positions"] if table["is_biased"]]
+    if biased:
+        logger.warning(
+            "the judge prefers answers by their position (99 %%) among %s answers; see audit.json",
+            " and ".join(map(str, biased)),
+        )
+    return Summary(
+        f"Ranked {len(rows)} of {report['prompts']} prompts, {k:.1f} answers each -> {path}",
+        {
+            "prompts": report["prompts"],
+            "rankings": len(rows),
+            "answers_per_prompt": k,
+            "unparsed": report["unparsed"],
+            "merged_answers": report["answers"]["merged"],
+            "failed_answers": report["answers"]["failed"],
+            "truncated_answers": report["answers"]["truncated"],
+            "longer_wins": report["length"]["longer_wins"],
+            "is_position_biased": bool(biased),
+        },
+    )
+
+
+def _log_calls(calls: dict[str, CallStats]) -> None:
+    for name, stats in calls.items():
+        logger.info(
+            "%s: %d replies from the ledger, %d new, %d failed, %d sent again",
+            name,
+            stats.from_ledger,
+            stats.new,
+            stats.failed,
+            stats.unknown,
+        )
+
+
+def _batches(prompts: Sequence[Prompt], size: int) -> list[Sequence[Prompt]]:
+    return [prompts[start : start + size] for start in range(0, len(prompts), size)]

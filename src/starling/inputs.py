@@ -1,0 +1,188 @@
+"""What each stage reads, as its own dataclass: a recipe's paths made real, and their hashes.
+
+A path is looked up in the run folder first, then beside the recipe; one that is absent means an
+earlier stage's output.  A model may also be a hub id.
+"""
+
+import difflib
+import re
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from starling.base.errors import DataError
+from starling.base.hashing import hash_file, hash_json, hash_tree
+from starling.bench.config import BenchInputs
+from starling.feedback.config import FeedbackInputs
+from starling.judging.config import JudgeSection
+from starling.manifest import MANIFEST
+from starling.ppo.config import PpoInputs
+from starling.recipe import STAGES, Recipe
+from starling.reward.config import RewardInputs
+from starling.sft.config import SftInputs
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+@dataclass(frozen=True)
+class Paths:
+    """Where a recipe's paths are looked up; both folders are absolute."""
+
+    run: Path
+    recipe: Path
+    pending: Collection[str] = ()
+    """Stages that will run first: their outputs may be missing as yet."""
+
+    def file(self, key: str, value: str) -> Path:
+        """The file that the recipe's `key` names. Raises DataError when there is none."""
+        found = self._find(key, value, Path.is_file)
+        if found is None:
+            raise self._missing(key, value, "file")
+        return found
+
+    def model(self, key: str, value: str) -> str:
+        """The model folder that `key` names, or `value` itself where it is a hub id."""
+        found = self._find(key, value, Path.is_dir)
+        if found is not None:
+            return str(found)
+        if not HUB_ID.fullmatch(value) or value.partition("/")[0] in STAGES:
+            raise self._missing(key, value, "model folder")
+        return value
+
+    def _find(self, key: str, value: str, is_there: Callable[[Path], bool]) -> Path | None:
+        stage = value.partition("/")[0]
+        if stage in self.pending:
+            return self.run / value
+        for folder in (self.run, self.recipe):
+            if is_there(folder / value):
+                if (
+                    folder == self.run
+                    and stage in STAGES
+                    and not (folder / stage / MANIFEST).exists()
+                ):
+                    raise DataError(
+                        f"{key}: {folder / value} is half made. "
+                        f"Finish it first: starling {stage} RECIPE"
+                    )
+                return folder / value
+        return None
+
+    def _missing(self, key: str, value: str, what: str) -> DataError:
+        places = dict.fromkeys(str((folder / value).parent) for folder in (self.run, self.recipe))
+        text = f"{key}: there is no {what} {value!r}, neither in {' nor in '.join(places)}."
+        stage = value.partition("/")[0]
+        if stage in STAGES:
+            return DataError(f"{text} Make it first: starling {stage} RECIPE")
+        names = [
+            entry.name
+            for place in places
+            if Path(place).is_dir()
+            for entry in sorted(Path(place).iterdir())
+            if not entry.name.startswith(".")
+        ]
+        near = difflib.get_close_matches(Path(value).name, names, n=3, cutoff=0.5) or names[:5]
+        return DataError(f"{text} There is {', '.join(near)}." if near else text)
+
+
+def resolve_sft(recipe: Recipe, paths: Paths) -> SftInputs:
+    section = recipe.sft
+    assert section is not None
+    base = section.base
+    return SftInputs(
+        conversations=paths.file("sft.conversations", section.conversations),
+        base=paths.model("sft.base", base) if base is not None else None,
+    )
+
+
+def resolve_feedback(recipe: Recipe, paths: Paths) -> FeedbackInputs:
+    section, judge = recipe.feedback, _judge(recipe, paths)
+    assert section is not None
+    assert judge is not None
+    return FeedbackInputs(
+        prompts=paths.file("feedback.prompts", section.prompts),
+        candidates=tuple(
+            candidate.model
+            if candidate.url is not None
+            else paths.model(f"feedback.candidates.{number}.model", candidate.model)
+            for number, candidate in enumerate(section.candidates)
+        ),
+        judge=judge,
+    )
+
+
+def resolve_reward(recipe: Recipe, paths: Paths) -> RewardInputs:
+    section = recipe.reward
+    assert section is not None
+    return RewardInputs(
+        rankings=paths.file("reward.rankings", section.rankings or "feedback/rankings.jsonl"),
+        base=paths.model("reward.base", section.base or _starting_policy(recipe)),
+    )
+
+
+def resolve_ppo(recipe: Recipe, paths: Paths) -> PpoInputs:
+    section = recipe.ppo
+    assert section is not None
+    prompts = section.prompts or (recipe.feedback.prompts if recipe.feedback is not None else "")
+    validation = section.validation
+    return PpoInputs(
+        policy=paths.model("ppo.policy", section.policy or _starting_policy(recipe)),
+        prompts=paths.file("ppo.prompts", prompts),
+        reward_model=paths.model("ppo.reward_model", section.reward_model or "reward/model"),
+        validation=paths.file("ppo.validation", validation) if validation is not None else None,
+        judge=_judge(recipe, paths),
+    )
+
+
+def resolve_bench(recipe: Recipe, paths: Paths) -> BenchInputs:
+    section, ppo, judge = recipe.bench, recipe.ppo, _judge(recipe, paths)
+    assert section is not None
+    assert judge is not None
+    baseline = section.baseline or (ppo.policy if ppo is not None else None)
+    reward_model = (ppo.reward_model if ppo is not None else None) or "reward/model"
+    return BenchInputs(
+        questions=paths.file("bench.questions", section.questions),
+        baseline=paths.model("bench.baseline", baseline or _starting_policy(recipe)),
+        policy=paths.model("bench.policy", section.policy or "ppo/model"),
+        reward_model=paths.model("ppo.reward_model", reward_model) if section.best_of else None,
+        judge=judge,
+    )
+
+
+def _starting_policy(recipe: Recipe) -> str:
+    if recipe.sft is not None:
+        return "sft/model"
+    assert recipe.policy is not None, "the recipe's validation lets no stage go without its start"
+    return recipe.policy
+
+
+def _judge(recipe: Recipe, paths: Paths) -> JudgeSection | None:
+    judge = recipe.judge
+    if judge is None or judge.kind != "local" or judge.model is None:
+        return judge
+    return judge.model_copy(update={"model": paths.model("judge.model", judge.model)})
+
+
+def hash_inputs(inputs: Any) -> dict[str, dict[str, Any]]:
+    """Every input by its name: where it is, and the hash of what it holds."""
+    named = ((field.name, getattr(inputs, field.name)) for field in fields(inputs))
+    return {name: entry for field, value in named for name, entry in _entries(field, value)}
+
+
+def _entries(name: str, value: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+    match value:
+        case tuple():
+            for number, item in enumerate(value):
+                yield from _entries(f"{name}.{number}", item)
+        case JudgeSection():
+            settings = value.model_dump(mode="json")
+            if value.kind == "local":
+                yield from _entries(f"{name}.model", settings.pop("model"))
+            yield name, {"path": None, "sha256": hash_json(settings)}
+        case Path():
+            yield name, {"path": str(value), "sha256": hash_file(value)}
+        # Folders were resolved to absolute paths; what is none names a model elsewhere.
+        case str() if Path(value).is_absolute() and Path(value).is_dir():
+            yield name, {"path": value, "sha256": hash_tree(Path(value))}
+        case _:
+            yield name, {"path": value, "sha256": hash_json(value)}

@@ -1,0 +1,250 @@
+"""An OpenAI-compatible server as a responder: bounded retries, and every outcome typed.
+
+Chat completions are what all such servers speak.  The client's own retries are off, because they
+would send paid calls again without the ledger knowing.  asyncio stays in here, in one thread per
+`respond`.  Left out: streaming, tools, and a request's `mode`, for which the shape has no field.
+"""
+
+import asyncio
+import logging
+import os
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass
+from itertools import islice
+from queue import SimpleQueue
+from threading import Thread
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+from starling.base.errors import InputError
+from starling.base.seeding import python_generator
+from starling.models.completion import Transient, clean, read_completion, retry_after
+from starling.models.interfaces import Failure, Reply, Request
+from starling.models.url import check_url
+
+if TYPE_CHECKING:
+    from openai import APIStatusError, AsyncOpenAI
+
+logger = logging.getLogger(__name__)
+
+FIRST_WAIT_SECONDS = 1.0
+LONGEST_WAIT_SECONDS = 300.0
+"""A server that asks for more (a daily limit) is not waited for; the next run asks it again."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How hard an endpoint may be asked."""
+
+    concurrency: int = 16
+    timeout_seconds: float = 100.0
+    retries: int = 5
+
+
+class Endpoint:
+    """Asks `model` at `url`, at most `concurrency` calls at a time.
+
+    Time-outs, broken connections, 408, 429 and 5xx are tried again, `retries` times, with waits
+    that double or that the server names.  Any other refusal, and a reply that is empty, filtered or
+    no chat completion, is a Failure at once.  Raises InputError for a url that holds a key, a
+    variable that is not set, and, from `respond`, for what would fail every call: a wrong key, a
+    missing model, an empty account.
+    """
+
+    commits_together = False
+
+    def __init__(
+        self,
+        url: str,
+        model: str,
+        *,
+        api_key_env: str | None = None,
+        concurrency: int = 16,
+        timeout_seconds: float = 100.0,
+        retries: int = 5,
+    ) -> None:
+        try:
+            check_url(url)
+        except ValueError as error:
+            raise InputError(f"the url of an endpoint: {error}.") from error
+        self.url = url.rstrip("/")
+        self.model = model
+        self._api_key_env = api_key_env
+        self._api_key = _read_key(api_key_env)
+        self._limits = Limits(concurrency, timeout_seconds, retries)
+        self._limit_name = "max_tokens"
+        self._has_warned_of_mode = False
+
+    @property
+    def identity(self) -> str:
+        """The address and the model's name there."""
+        return f"{self.url} {self.model}"
+
+    def respond(self, requests: Iterable[Request]) -> Iterator[Reply | Failure]:
+        """Yield outcomes as they arrive; takes the next request only when a call has ended.
+
+        Closing the iterator early cancels the calls in flight.
+        """
+        pending = iter(requests)
+        done: SimpleQueue[Future[Reply | Failure]] = SimpleQueue()
+        with _LoopThread(self) as loop:
+            num_in_flight = 0
+            for request in islice(pending, self._limits.concurrency):
+                loop.submit(request, done)
+                num_in_flight += 1
+            while num_in_flight:
+                outcome = done.get().result()
+                num_in_flight -= 1
+                # First yield, then send: what has arrived is recorded before more is in flight.
+                yield outcome
+                for request in islice(pending, 1):
+                    loop.submit(request, done)
+                    num_in_flight += 1
+
+    def open_client(self) -> "AsyncOpenAI":
+        """A client that retries nothing and says nothing about who runs it but the key."""
+        from openai import AsyncOpenAI, Omit
+
+        # Read from the environment by the client, and no business of a server without a key.
+        private = {"OpenAI-Organization": Omit(), "OpenAI-Project": Omit()}
+        return AsyncOpenAI(
+            api_key=self._api_key,
+            base_url=self.url,
+            max_retries=0,
+            timeout=None,
+            default_headers={} if self._api_key_env else private,  # type: ignore[arg-type]
+        )
+
+    async def ask(self, client: "AsyncOpenAI", request: Request) -> Reply | Failure:
+        """One request with its retries."""
+        if request.mode is not None and not self._has_warned_of_mode:
+            self._has_warned_of_mode = True
+            logger.warning("%s takes no mode; %r and others are ignored", self.url, request.mode)
+        reason = ""
+        for attempt in range(self._limits.retries + 1):
+            outcome = await self._attempt(client, request)
+            if not isinstance(outcome, Transient):
+                return outcome
+            reason = f"{outcome.reason} ({attempt + 1} attempts)"
+            wait = _wait_seconds(request, attempt, outcome)
+            if attempt == self._limits.retries or wait > LONGEST_WAIT_SECONDS:
+                break
+            logger.info("%s: %s; again in %.1f s", request.id, reason, wait)
+            await asyncio.sleep(wait)
+        return Failure(request.id, reason)
+
+    async def _attempt(
+        self, client: "AsyncOpenAI", request: Request
+    ) -> Reply | Failure | Transient:
+        import openai
+
+        timeout_seconds = self._limits.timeout_seconds
+        try:
+            # Bounds the whole call; the client's own limit only bounds each wait for bytes.
+            async with asyncio.timeout(timeout_seconds):
+                response = await client.chat.completions.with_raw_response.create(
+                    **self._body(request)
+                )
+        except (TimeoutError, openai.APITimeoutError):
+            return Transient(f"no reply within {timeout_seconds:g} s")
+        except openai.APIConnectionError as error:
+            return Transient(f"the connection broke: {clean(str(error.__cause__ or error))}")
+        except openai.APIStatusError as error:
+            return self._read_refusal(request, error)
+        return read_completion(request, response.http_response.content)
+
+    def _body(self, request: Request) -> dict:
+        return {
+            "model": self.model,
+            "messages": [message.model_dump() for message in request.messages],
+            "temperature": request.sampling.temperature,
+            # Some servers hold a seed in 32 bits and refuse larger ones.
+            "seed": request.sampling.seed % 2**31,
+            self._limit_name: request.sampling.max_tokens,
+        }
+
+    def _read_refusal(self, request: Request, error: "APIStatusError") -> Failure | Transient:
+        status = error.status_code
+        message = clean(error.message).replace(self._api_key, "***")
+        said = f"{self.url} answered {status}: {message}"
+        if error.code == "unsupported_parameter" and error.param == "max_tokens":
+            # OpenAI's reasoning models want the limit under its newer name.
+            self._limit_name = "max_completion_tokens"
+            return Transient(said, wait_seconds=0.0)
+        if status == 401:
+            raise InputError(f"the key was refused. {said}. {self._key_advice()}")
+        if status == 404:
+            raise InputError(
+                f"there is no model {self.model!r}, or nothing that takes chat completions. "
+                f"{said}. Check model, and url (it usually ends in /v1)."
+            )
+        if error.code == "insufficient_quota":
+            raise InputError(f"the account is used up. {said}. Add credit, then run this again.")
+        if status in (408, 429) or status >= 500:
+            return Transient(said, retry_after(error.response.headers))
+        return Failure(request.id, said)
+
+    def _key_advice(self) -> str:
+        if self._api_key_env is None:
+            return "Name the environment variable that holds a key in api_key_env."
+        return f"Put a valid key into the environment variable {self._api_key_env}."
+
+
+class _LoopThread:
+    """An event loop with one client, in a thread of its own for as long as the block lasts."""
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        self._endpoint = endpoint
+        self._client = endpoint.open_client()
+        self._loop = asyncio.new_event_loop()
+        self._thread = Thread(target=self._loop.run_forever, name="endpoint", daemon=True)
+
+    def submit(self, request: Request, done: "SimpleQueue[Future[Reply | Failure]]") -> None:
+        """Start a call; its future is put into `done` when it has ended."""
+        call = self._endpoint.ask(self._client, request)
+        asyncio.run_coroutine_threadsafe(call, self._loop).add_done_callback(done.put)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        asyncio.run_coroutine_threadsafe(self._shut_down(), self._loop).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    async def _shut_down(self) -> None:
+        calls = asyncio.all_tasks() - {asyncio.current_task()}
+        for call in calls:
+            call.cancel()
+        await asyncio.gather(*calls, return_exceptions=True)
+        await self._client.close()
+        await self._loop.shutdown_default_executor()
+
+
+def _read_key(name: str | None) -> str:
+    if name is None:
+        # The client insists on one; a server that needs none ignores it.
+        return "no-key-needed"
+    key = os.environ.get(name, "").strip()
+    if not key:
+        raise InputError(
+            f"the environment variable {name}, named by api_key_env, is not set. "
+            f"Set it to the key (export {name}=...), then run the same command again."
+        )
+    return key
+
+
+def _wait_seconds(request: Request, attempt: int, transient: Transient) -> float:
+    """What the server asked for, else a doubling wait, spread so that calls do not come at once."""
+    if transient.wait_seconds is not None:
+        return transient.wait_seconds
+    spread = python_generator(request.sampling.seed, f"models/retry/{request.id}", attempt).random()
+    return min(FIRST_WAIT_SECONDS * 2**attempt * (0.5 + spread / 2), LONGEST_WAIT_SECONDS)

@@ -1,0 +1,185 @@
+"""What the three training loops share: the optimizer, the schedules, and a journal on disk.
+
+The loops themselves stand in `sft`, `reward` and `ppo`, and read as their algorithms.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from starling.base.checkpoint import Snapshot, load_newest, save_checkpoint
+from starling.base.context import Context
+from starling.base.errors import CheckpointError
+from starling.base.metrics import MetricsLog
+from starling.base.training_state import (
+    check_names,
+    flatten_optimizer,
+    prefixed,
+    restore_optimizer,
+    select,
+)
+
+Schedule = Callable[[int], float]
+"""The factor of the peak learning rate at a step, counted from 0."""
+
+
+def warmup_then(decay: Schedule, warmup_steps: int) -> Schedule:
+    """Rise linearly over the first `warmup_steps`, then follow `decay`."""
+    return lambda step: (step + 1) / warmup_steps if step < warmup_steps else decay(step)
+
+
+def cosine(steps: int, warmup_steps: int = 0) -> Schedule:
+    """Half a cosine from 1, when warm-up ends, to 0 after the last of `steps`."""
+    span = max(1, steps - warmup_steps)
+    return lambda step: 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup_steps) / span)))
+
+
+def linear(steps: int) -> Schedule:
+    """From 1 at step 0 straight to 0 after the last of `steps` (Ziegler 2019, released code)."""
+    return lambda step: 1 - step / steps
+
+
+def constant(_step: int) -> float:
+    """1, always."""
+    return 1.0
+
+
+@dataclass(frozen=True)
+class Trainable:
+    """Modules that learn, their optimizer and its schedule."""
+
+    modules: Mapping[str, nn.Module]
+    optimizer: torch.optim.Optimizer
+    lr: float
+    schedule: Schedule
+    max_grad_norm: float
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """What the optimizer moves, in its order."""
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    def step(self, step: int) -> float:
+        """Clip the gradients, take optimizer step `step`, clear them; returns the norm before.
+
+        Raises ValueError for a norm that is not finite, before any weight has moved.
+        """
+        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm))
+        if not math.isfinite(norm):
+            raise ValueError(f"the gradient norm is {norm} at optimizer step {step}")
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr * self.schedule(step)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+
+def adamw(
+    parameters: Iterable[nn.Parameter], *, lr: float, weight_decay: float, eps: float = 1e-8
+) -> torch.optim.AdamW:
+    """AdamW with the usual betas over the parameters that want a gradient."""
+    wanted = [parameter for parameter in parameters if parameter.requires_grad]
+    return torch.optim.AdamW(wanted, lr=lr, weight_decay=weight_decay, eps=eps, betas=(0.9, 0.999))
+
+
+class Journal:
+    """A training stage's files: metrics, timing, and checkpoints that resume it exactly.
+
+    `extra` is the stage's own state (plain JSON) and `tensors` its own tensors beside the modules:
+    whatever the loop carries from step to step.
+    """
+
+    def __init__(self, out: Path, trainable: Trainable, context: Context, *, every: int) -> None:
+        out.mkdir(parents=True, exist_ok=True)
+        self._folder = out / "checkpoints"
+        self._trainable = trainable
+        self._context = context
+        self._every = every
+        self._metrics = MetricsLog(out / "metrics.jsonl")
+        self._timing = MetricsLog(out / "timing.jsonl")
+        self._clock = time.perf_counter()
+
+    def resume(self) -> Snapshot:
+        """Restore the newest checkpoint into modules and optimizer; step 0 when there is none."""
+        snapshot = load_newest(self._folder)
+        if snapshot is None:
+            self._metrics.cut_back(0)
+            return Snapshot(0, {}, {"extra": {}})
+        tensors = snapshot.tensors
+        for name, module in self._trainable.modules.items():
+            saved = select(f"module/{name}", tensors)
+            check_names(f"weights of {name}", module.state_dict().keys(), saved)
+            _load(module, saved)
+        restore_optimizer(
+            self._trainable.optimizer, select("optimizer", tensors), snapshot.state["optimizer"]
+        )
+        self._metrics.cut_back(snapshot.state["metrics_offset"])
+        return Snapshot(snapshot.step, select("extra", tensors), snapshot.state)
+
+    def log(self, step: int, values: Mapping[str, float], *, seconds_key: str) -> None:
+        """Write one step's metrics, and its wall-clock seconds to timing.jsonl."""
+        self._metrics.log(step, values)
+        now = time.perf_counter()
+        self._timing.log(step, {seconds_key: now - self._clock})
+        self._clock = now
+
+    def boundary(
+        self,
+        step: int,
+        extra: Mapping[str, Any] | None = None,
+        tensors: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """End a step: save when it is due or a signal has arrived, then stop if one has."""
+        stopping = self._context.stop.signal_number is not None
+        if step % self._every == 0 or stopping:
+            self.save(step, extra or {}, tensors or {})
+        self._context.stop.check()
+
+    def save(self, step: int, extra: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """Write a checkpoint of everything the loop needs to go on after `step`."""
+        optimizer = flatten_optimizer(self._trainable.optimizer)
+        saved = prefixed("optimizer", optimizer.tensors) | prefixed("extra", tensors)
+        for name, module in self._trainable.modules.items():
+            saved |= prefixed(f"module/{name}", module.state_dict())
+        state = {
+            "optimizer": optimizer.state,
+            "metrics_offset": self._metrics.offset(),
+            "extra": dict(extra),
+        }
+        save_checkpoint(self._folder, Snapshot(step, saved, state))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._metrics.close()
+        self._timing.close()
+
+
+def _load(module: nn.Module, saved: Mapping[str, Tensor]) -> None:
+    try:
+        module.load_state_dict(saved)
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"the checkpoint is of a model with other shapes ({error}); delete the stage's "
+            "checkpoints to run the stage from its start"
+        ) from error
+
+
+def batch_indices(step: int, batch: int, order: Callable[[int], list[int]], n: int) -> list[int]:
+    """The rows of optimizer step `step`: consecutive ones of the epochs' orders, none left out."""
+    places = range(step * batch, (step + 1) * batch)
+    epochs = {epoch: order(epoch) for epoch in range(places[0] // n, places[-1] // n + 1)}
+    return [epochs[place // n][place % n] for place in places]

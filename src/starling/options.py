@@ -1,0 +1,60 @@
+"""Options on the command line, from a function's signature; a recipe's sections become groups.
+
+tyro parses, and words what cannot be parsed; whether a value makes sense is for `recipe` to say.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import tyro
+from tyro.constructors import (
+    ConstructorRegistry,
+    StructConstructorSpec,
+    StructFieldSpec,
+    StructTypeInfo,
+)
+
+from starling.base.section import Section
+
+SETTINGS = (
+    tyro.conf.AvoidSubcommands,
+    tyro.conf.PositionalRequiredArgs,
+    tyro.conf.FlagCreatePairsOff,
+)
+
+REGISTRY = ConstructorRegistry()
+
+
+def parse_options(function: Callable[..., Any], verb: str, arguments: Sequence[str]) -> Any:
+    """Call the function with what the arguments say, and return its result.
+
+    A parameter that is a section receives a plain dictionary. Exits with status 2 and a message on
+    stderr for options that do not exist or cannot be read, and with 0 after --help.
+    """
+    return tyro.cli(
+        function, args=arguments, prog=f"starling {verb}", config=SETTINGS, registry=REGISTRY
+    )
+
+
+@REGISTRY.struct_rule
+def _plain_section(info: StructTypeInfo) -> StructConstructorSpec | None:
+    """Read a section into a dictionary; built here, pydantic would refuse it in its own words."""
+    section = info.type
+    if not (isinstance(section, type) and issubclass(section, Section)):
+        return None
+
+    def default(name: str) -> Any:
+        if isinstance(info.default, Section):
+            return getattr(info.default, name)
+        field = section.model_fields[name]
+        return tyro.MISSING if field.is_required() else field.default
+
+    def collect(**values: Any) -> dict[str, Any]:
+        return values
+
+    collect.__doc__ = section.__doc__
+    fields = tuple(
+        StructFieldSpec(name, cast(Any, field.annotation), default(name), field.description)
+        for name, field in section.model_fields.items()
+    )
+    return StructConstructorSpec(instantiate=collect, fields=fields)

@@ -1,0 +1,230 @@
+"""The stages in order: skips what is fresh, redoes what is stale, resumes what was interrupted.
+
+Nothing else hashes or skips.  Stages meet on disk: each reads what `inputs` resolved for it, and
+writes to its own folder of the run.
+"""
+
+import fcntl
+import importlib
+import logging
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from starling.base.context import Context, single_process_context
+from starling.base.errors import DataError, InputError
+from starling.base.files import write_atomically
+from starling.base.hashing import hash_json
+from starling.base.jsonl import write_json
+from starling.inputs import (
+    Paths,
+    hash_inputs,
+    resolve_bench,
+    resolve_feedback,
+    resolve_ppo,
+    resolve_reward,
+    resolve_sft,
+)
+from starling.manifest import Origin, State, begin, finish, read_manifest, state_of, tidy
+from starling.recipe import Recipe, RunSection, dump_recipe
+
+logger = logging.getLogger(__name__)
+
+HEADER = "# The resolved recipe of this run, written by starling. Change the one it was run from.\n"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A row of the pipeline: the module whose `run` does the work, imported only then."""
+
+    name: str
+    format_version: int
+    module: str
+    resolve: Callable[[Recipe, Paths], Any]
+
+
+PIPELINE = (
+    Stage("sft", 1, "starling.sft.train", resolve_sft),
+    Stage("feedback", 1, "starling.feedback.run", resolve_feedback),
+    Stage("reward", 1, "starling.reward.train", resolve_reward),
+    Stage("ppo", 1, "starling.ppo.train", resolve_ppo),
+    Stage("bench", 1, "starling.bench.run", resolve_bench),
+)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A stage of this run, resolved: what it reads, where it writes, and its key."""
+
+    stage: Stage
+    section: Any
+    inputs: Any
+    out: Path
+    origin: Origin
+
+
+def run_pipeline(
+    recipe: Recipe,
+    recipe_folder: Path,
+    *,
+    out: Path,
+    only: str | None = None,
+    prepare: Callable[[], None] | None = None,
+) -> dict[str, Any]:
+    """Run the recipe's stages, or `only` one of them, and return what summary.json then holds.
+
+    `prepare` may write input files: it is called when the run folder is known to be ours alone.
+    Raises InputError before anything is trained when an input is missing that no stage will make.
+    """
+    stages = _chosen_stages(recipe, only)
+    with _lock(out):
+        _keep_recipe(recipe, out)
+        if prepare is not None:
+            prepare()
+        names = [stage.name for stage in stages]
+        paths = Paths(out.resolve(), recipe_folder.resolve())
+        for stage in stages:
+            stage.resolve(recipe, Paths(paths.run, paths.recipe, pending=names))
+        context = None
+        for stage in stages:
+            job = _job(stage, recipe, paths, out)
+            state = state_of(job.out, job.origin.key)
+            if state is State.FRESH:
+                logger.info("%s: nothing changed since %s was made", stage.name, job.out)
+                tidy(job.out)
+                continue
+            context = context or _context(recipe)
+            _run(job, state, context)
+        summary = _summarise(recipe, paths, out, done=names)
+        write_json(out / "summary.json", summary)
+    return summary
+
+
+def _chosen_stages(recipe: Recipe, only: str | None) -> list[Stage]:
+    present = [stage for stage in PIPELINE if getattr(recipe, stage.name) is not None]
+    if only is None:
+        return present
+    chosen = [stage for stage in present if stage.name == only]
+    if not chosen:
+        found = ", ".join(stage.name for stage in present)
+        raise InputError(f"the recipe has no section {only!r}; it has {found}. Add one to run it.")
+    return chosen
+
+
+def _job(stage: Stage, recipe: Recipe, paths: Paths, out: Path) -> Job:
+    section = getattr(recipe, stage.name)
+    inputs = stage.resolve(recipe, paths)
+    hashes = hash_inputs(inputs)
+    key = hash_json(
+        {
+            "stage": stage.name,
+            "format_version": stage.format_version,
+            "section": section.model_dump(mode="json"),
+            "inputs": {name: entry["sha256"] for name, entry in hashes.items()},
+            "seed": recipe.seed,
+            "threads": recipe.threads,
+        }
+    )
+    origin = Origin(stage.name, stage.format_version, key, hashes)
+    return Job(stage, section, inputs, out / stage.name, origin)
+
+
+def _run(job: Job, state: State, context: Context) -> None:
+    name = job.stage.name
+    started = datetime.now(UTC)
+    if state is State.INTERRUPTED:
+        logger.info("%s: going on where an interrupted run stopped", name)
+    else:
+        if state is State.DAMAGED:
+            logger.warning("%s: files in %s changed since; it is made again", name, job.out)
+        elif state is State.STALE:
+            logger.info("%s: its settings or inputs changed; it is made again", name)
+        begin(job.out, job.origin.key)
+    with context.stop:
+        module = importlib.import_module(job.stage.module)
+        summary = module.run(job.section, job.inputs, job.out, context)
+        finish(job.out, job.origin, summary, started)
+        logger.info("%s: %s", name, summary.sentence)
+        context.stop.check()
+
+
+def _context(recipe: Recipe) -> Context:
+    device = recipe.run.device
+    if device is None:
+        import torch
+
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return single_process_context(recipe.threads, device, seed=recipe.seed)
+
+
+def _summarise(recipe: Recipe, paths: Paths, out: Path, *, done: list[str]) -> dict[str, Any]:
+    """The figures of every finished stage, those left out that earlier stages have outrun."""
+    summary = {}
+    for stage in PIPELINE:
+        manifest = read_manifest(out / stage.name)
+        if manifest is None or getattr(recipe, stage.name) is None:
+            continue
+        if stage.name in done or _is_fresh(stage, recipe, paths, out):
+            summary[stage.name] = manifest["summary"]["figures"]
+        else:
+            logger.warning(
+                "%s: made from something else, so its figures are left out of summary.json; "
+                "make it again with: starling %s RECIPE",
+                stage.name,
+                stage.name,
+            )
+    return summary
+
+
+def _is_fresh(stage: Stage, recipe: Recipe, paths: Paths, out: Path) -> bool:
+    try:
+        job = _job(stage, recipe, paths, out)
+    except DataError:  # an input of it is gone or half made
+        return False
+    return state_of(job.out, job.origin.key) is State.FRESH
+
+
+def _keep_recipe(recipe: Recipe, out: Path) -> None:
+    """Write recipe.yaml; one of another seed, or one that is not ours, is never overwritten."""
+    path = out / "recipe.yaml"
+    if path.exists():
+        text = path.read_text(encoding="utf-8", errors="replace")
+        if not text.startswith(HEADER):
+            raise InputError(
+                f"{path} was not written by a run, and would be overwritten. "
+                "Choose another run folder with --out."
+            )
+        seed = re.search(r"^seed: (\d+)$", text, re.MULTILINE)
+        if seed is not None and int(seed[1]) != recipe.seed:
+            raise InputError(
+                f"{out} is a run of seed {seed[1]}, and this one has seed {recipe.seed}. "
+                "Choose another folder with --out, or delete that one."
+            )
+    settled = recipe.model_copy(update={"run": RunSection()})
+    write_atomically(path, [HEADER.encode(), dump_recipe(settled).encode()])
+
+
+@contextmanager
+def _lock(out: Path) -> Iterator[None]:
+    """Keep every other process out of the run folder; the kernel lets go whatever happens to us."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        file = (out / ".lock").open("a")
+    except OSError as error:
+        raise InputError(
+            f"cannot write to the run folder {out}: {error.strerror or error}. "
+            "Choose another with --out."
+        ) from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(
+                f"another starling process writes to {out}. "
+                "Wait for it, stop it, or choose another run folder with --out."
+            ) from error
+        yield

@@ -1,0 +1,67 @@
+"""The prompts that PPO trains on, and the disjoint ones that checkpoints are selected on."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from starling.base.errors import DataError
+from starling.base.jsonl import read_records
+from starling.base.seeding import permutation
+from starling.data.chat import ChatCodec
+from starling.data.records import Prompt
+from starling.models.local import trim_turns
+from starling.ppo.config import PpoInputs, PpoSection
+
+logger = logging.getLogger(__name__)
+
+
+def load_prompts(
+    section: PpoSection, inputs: PpoInputs, codec: ChatCodec, out: Path, *, seed: int
+) -> tuple[list[Prompt], tuple[Prompt, ...]]:
+    """Training and validation prompts, trimmed to `max_prompt_tokens`; no prompt is in both.
+
+    Without a validation file, `validation_prompts` of the prompts are drawn by the seed and kept
+    apart.  Raises DataError when too few are left.
+    """
+    quarantine = out / "quarantine.jsonl"
+    prompts = read_records(inputs.prompts, Prompt, quarantine=quarantine)
+    if inputs.validation is None:
+        apart = set(
+            permutation(len(prompts), seed, "ppo/validation", 0)[: section.validation_prompts]
+        )
+        held_out = [prompt for i, prompt in enumerate(prompts) if i in apart]
+        prompts = [prompt for i, prompt in enumerate(prompts) if i not in apart]
+    else:
+        held_out = read_records(inputs.validation, Prompt, quarantine=quarantine)
+        held_out = held_out[: section.validation_prompts]
+    validated = {prompt.messages for prompt in held_out}
+    training = [prompt for prompt in prompts if prompt.messages not in validated]
+    training = _fitting(training, section, codec, inputs.prompts)
+    held_out = _fitting(held_out, section, codec, inputs.validation or inputs.prompts)
+    if not training or len(held_out) < 2:
+        raise DataError(
+            f"{inputs.prompts}: {len(training)} training and {len(held_out)} validation prompts "
+            "are left; give more prompts, or lower ppo.validation_prompts"
+        )
+    return training, tuple(held_out)
+
+
+def _fitting(
+    prompts: Sequence[Prompt], section: PpoSection, codec: ChatCodec, path: Path
+) -> list[Prompt]:
+    limit = section.max_prompt_tokens
+    fitting = []
+    for prompt in prompts:
+        messages = trim_turns(prompt.messages, codec, limit=limit, mode=prompt.mode)
+        encoded = codec.encode(messages, mode=prompt.mode, generation_prompt=True)
+        if len(encoded.ids) <= limit:
+            fitting.append(prompt.model_copy(update={"messages": messages}))
+    if len(fitting) < len(prompts):
+        logger.warning(
+            "%s: %d of %d prompts are longer than ppo.max_prompt_tokens (%d) and are left out",
+            path,
+            len(prompts) - len(fitting),
+            len(prompts),
+            limit,
+        )
+    return fitting

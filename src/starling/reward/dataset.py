@@ -1,0 +1,99 @@
+"""Rankings as encoded rows, split by prompt into train and held out."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from starling.base.errors import DataError
+from starling.base.seeding import permutation
+from starling.data.records import Message, RankingRow
+from starling.models.reward_model import RewardModel, Scored
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RankedRow:
+    """One prompt's answers as ids to score, with their ranks (1 = best, None = unranked)."""
+
+    id: str
+    sequences: tuple[tuple[int, ...], ...]
+    ranks: tuple[int | None, ...]
+    answer_chars: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class RankedRows:
+    """Train and held-out rows (no prompt on both sides), and how many answers were cut."""
+
+    train: list[RankedRow]
+    held_out: list[RankedRow]
+    num_cut: int
+    num_answers: int
+
+
+def encode_rankings(
+    rankings: Sequence[RankingRow], reward_model: RewardModel, *, held_out: float, seed: int
+) -> RankedRows:
+    """Encode every answer in the reward model's own format and split by prompt, shuffled.
+
+    Rows of the same prompt go to the same side.  Raises DataError when a side would be empty.
+    """
+    encoded: list[RankedRow] = []
+    num_cut = 0
+    for ranking in rankings:
+        row, cut = _encode_row(ranking, reward_model)
+        encoded.append(row)
+        num_cut += cut
+    num_answers = sum(len(row.sequences) for row in encoded)
+    if num_cut:
+        logger.warning(
+            "%d of %d answers were cut to %d tokens (reward.truncate: %s)",
+            num_cut,
+            num_answers,
+            reward_model.max_length,
+            reward_model.truncate,
+        )
+    prompts = list(dict.fromkeys(_prompt_key(ranking) for ranking in rankings))
+    order = permutation(len(prompts), seed, "reward/split", 0)
+    num_held_out = max(1, round(held_out * len(prompts)))
+    if num_held_out >= len(prompts):
+        raise DataError(
+            f"{len(prompts)} different prompt(s) in the rankings; holding out {num_held_out} "
+            "leaves none to train on. Give more rankings or lower reward.held_out"
+        )
+    apart = {prompts[index] for index in order[:num_held_out]}
+    keys = [_prompt_key(ranking) for ranking in rankings]
+    return RankedRows(
+        train=[row for row, key in zip(encoded, keys, strict=True) if key not in apart],
+        held_out=[row for row, key in zip(encoded, keys, strict=True) if key in apart],
+        num_cut=num_cut,
+        num_answers=num_answers,
+    )
+
+
+def _prompt_key(ranking: RankingRow) -> tuple[Message, ...]:
+    assert ranking.messages is not None, "the record's validator sets it"
+    return tuple(
+        Message(role=m.role, content=" ".join(m.content.lower().split())) for m in ranking.messages
+    )
+
+
+def _encode_row(ranking: RankingRow, reward_model: RewardModel) -> tuple[RankedRow, int]:
+    assert ranking.messages is not None, "the record's validator sets it"
+    sequences, num_cut = [], 0
+    for answer in ranking.answers:
+        message = Message(role="assistant", content=answer.answer)
+        item = Scored(
+            (*ranking.messages, message), ranking.mode, finished=answer.finish_reason != "length"
+        )
+        ids, cut = reward_model.encode(item)
+        sequences.append(tuple(ids))
+        num_cut += cut
+    row = RankedRow(
+        id=ranking.id,
+        sequences=tuple(sequences),
+        ranks=tuple(ranking.ranks),
+        answer_chars=tuple(len(answer.answer) for answer in ranking.answers),
+    )
+    return row, num_cut

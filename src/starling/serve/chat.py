@@ -1,0 +1,171 @@
+"""Chat in the terminal: answers stream as they are decoded; history is trimmed by whole turns."""
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from starling.base.errors import DataError, InputError
+from starling.data.records import Message
+from starling.models.causal_lm import load_language_model
+from starling.models.interfaces import Request, Sampling
+from starling.models.local import Local, trim_turns
+from starling.models.torch_engine import TorchEngine
+
+HELP = "Type a message; /retry asks again, /new forgets the conversation, /quit leaves."
+NUM_SUGGESTIONS = 3
+
+
+class ChatSession:
+    """One conversation with a local model."""
+
+    def __init__(self, model: str, *, device: str, max_tokens: int, temperature: float) -> None:
+        loaded = load_language_model(model, device=device)
+        codec = loaded.codec
+        self._engine = TorchEngine(
+            loaded.model, stop_ids=codec.stop_ids, pad_id=codec.tokenizer.pad_id
+        )
+        self._local = Local(self._engine, codec, identity=model)
+        config = loaded.model.config
+        self._context = getattr(config, "max_position_embeddings", None) or 4096
+        self._max_tokens = min(max_tokens, self._context // 2)
+        self._temperature = temperature
+        self.messages: tuple[Message, ...] = ()
+        self._num_answers = 0
+
+    def reply(self, text: str) -> Iterator[str]:
+        """Yield the answer to `text` piece by piece, and remember both; no character is cut."""
+        asked = (*self.messages, Message(role="user", content=text))
+        codec = self._local.codec
+        kept = trim_turns(asked, codec, limit=self._context - self._max_tokens)
+        if len(kept) < len(asked):
+            yield f"[forgetting the first {len(asked) - len(kept)} messages: the context is full]\n"
+        self._num_answers += 1
+        sampling = Sampling(self._max_tokens, self._temperature, seed=self._num_answers)
+        request = self._local.generation_request(Request("chat", kept, sampling))
+        ids: list[int] = []
+        shown = ""
+        for token in self._engine.stream(request):
+            ids.append(token)
+            text_so_far = codec.decode_response(ids)
+            # A character whose bytes are still incomplete shows as U+FFFD: wait for the rest.
+            if not text_so_far.endswith("\ufffd") and text_so_far != shown:
+                yield text_so_far[len(shown) :]
+                shown = text_so_far
+        answer = codec.decode_response(ids)
+        yield answer[len(shown) :]
+        self.messages = (*kept, Message(role="assistant", content=answer))
+
+    def forget_last(self) -> str | None:
+        """Drop the last exchange; returns what the user had typed, None when there was none."""
+        if not self.messages:
+            return None
+        typed = self.messages[-2].content
+        self.messages = self.messages[:-2]
+        return typed
+
+
+def resolve_model(reference: str) -> tuple[str, list[str]]:
+    """The model to chat with, and prompts to offer: a run folder's newest model, or `reference`."""
+    run = Path(reference)
+    if not run.is_dir() or (run / "config.json").is_file():
+        return reference, []
+    for stage in ("ppo", "sft"):
+        if (run / stage / "model" / "config.json").is_file():
+            return str(run / stage / "model"), _suggestions(run)
+    raise DataError(
+        f"{run} holds neither a model (config.json) nor a run's ppo/model or sft/model; "
+        "`starling demo` makes a run in runs/demo"
+    )
+
+
+def _suggestions(run: Path) -> list[str]:
+    """The first questions that the bench asked: nothing was trained on them."""
+    path = run / "bench" / "answers.jsonl"
+    if not path.is_file():
+        return []
+    found: dict[str, str] = {}
+    with path.open(encoding="utf-8") as lines:
+        for line in lines:
+            row = json.loads(line)
+            if row["turn"] == 1:
+                found.setdefault(row["category"], row["messages"][-1]["content"])
+            if len(found) == NUM_SUGGESTIONS:
+                break
+    return list(found.values())
+
+
+def chat(
+    model: str,
+    *,
+    device: str = "cpu",
+    max_tokens: int = 256,
+    temperature: float = 0.0,
+    once: str | None = None,
+) -> None:
+    """Talk until /quit or the end of input; with `once`, answer that one message.
+
+    What the model says goes to stdout, everything else to stderr.  On a pipe, each line is a
+    message and nothing waits.
+    """
+    if temperature < 0:
+        raise InputError(f"the temperature is {temperature}; it must be 0 (greedy) or above")
+    reference, suggestions = resolve_model(model)
+    session = ChatSession(reference, device=device, max_tokens=max_tokens, temperature=temperature)
+    if once is not None:
+        _say(session, once)
+        return
+    interactive = sys.stdin.isatty()
+    if interactive:
+        _note(f"Chatting with {reference} at temperature {temperature:g}. {HELP}")
+        for suggestion in suggestions:
+            _note(f"  try: {suggestion}")
+    while (line := _read(interactive)) is not None:
+        if line == "/quit":
+            return
+        _handle(session, line)
+
+
+def _handle(session: ChatSession, line: str) -> None:
+    if line == "/help":
+        _note(HELP)
+    elif line == "/new":
+        session.messages = ()
+        _note("A new conversation.")
+    elif line == "/retry":
+        typed = session.forget_last()
+        if typed is None:
+            _note("There is nothing to ask again.")
+        else:
+            _say(session, typed)
+    elif line.startswith("/"):
+        _note(f"unknown command {line.split()[0]}. {HELP}")
+    elif line:
+        _say(session, line)
+
+
+def _say(session: ChatSession, text: str) -> None:
+    before = session.messages
+    try:
+        for piece in session.reply(text):
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+    except KeyboardInterrupt:
+        # Ctrl-C stops the answer, not the program.
+        session.messages = before
+    sys.stdout.write("\n")
+    sys.stdout.flush()
+
+
+def _read(interactive: bool) -> str | None:
+    try:
+        if interactive:
+            return input("> ").strip()
+        line = sys.stdin.readline()
+    except (EOFError, KeyboardInterrupt):
+        return None
+    return line.strip() if line else None
+
+
+def _note(text: str) -> None:
+    sys.stderr.write(text + "\n")

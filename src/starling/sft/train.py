@@ -1,0 +1,147 @@
+"""Stage 0: cross-entropy on the assistant's tokens of conversations.
+
+Shapes: B conversations, T token positions.  Masks: True = keep, the assistant's text and its end.
+"""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from starling.base.context import Context
+from starling.base.errors import DataError, RecipeError
+from starling.base.jsonl import read_records
+from starling.base.masked import masked_mean
+from starling.base.progress import Progress
+from starling.base.seeding import derive_seed, permutation
+from starling.base.stage import Summary
+from starling.data.chat import ChatCodec, Encoded, written_text
+from starling.data.records import Conversation
+from starling.data.tokenizer import train_tokenizer
+from starling.models.causal_lm import (
+    Batch,
+    LanguageModel,
+    hidden_states,
+    load_language_model,
+    new_language_model,
+    padded_mask,
+    save_model,
+    token_logprobs,
+)
+from starling.models.training import (
+    Journal,
+    Trainable,
+    adamw,
+    batch_indices,
+    cosine,
+    warmup_then,
+)
+from starling.sft.config import SftInputs, SftSection
+
+logger = logging.getLogger(__name__)
+
+
+def run(section: SftSection, inputs: SftInputs, out: Path, context: Context) -> Summary:
+    """Tune the base on the conversations and save `model/`, and `model-<step>/` for kept steps."""
+    conversations = read_records(
+        inputs.conversations, Conversation, quarantine=out / "quarantine.jsonl"
+    )
+    language_model = _starting_model(section, inputs, conversations, context)
+    model, codec = language_model.model, language_model.codec
+    data = _encode(conversations, codec, section)
+    trainable = Trainable(
+        {"model": model},
+        adamw(model.parameters(), lr=section.lr, weight_decay=section.weight_decay),
+        lr=section.lr,
+        schedule=warmup_then(cosine(section.steps, section.warmup_steps), section.warmup_steps),
+        max_grad_norm=section.max_grad_norm,
+    )
+
+    def order(epoch: int) -> list[int]:
+        return permutation(len(data.rows), context.seed, "sft/order", epoch)
+
+    with (
+        Journal(out, trainable, context, every=section.checkpoint_every) as journal,
+        Progress("sft", section.steps) as progress,
+    ):
+        snapshot = journal.resume()
+        loss_value = float(snapshot.state["extra"].get("loss", 0.0))
+        for step in range(snapshot.step, section.steps):
+            chosen = batch_indices(step, section.batch, order, len(data.rows))
+            batch = Batch(
+                [data.rows[i].ids for i in chosen], codec.tokenizer.pad_id, context.device
+            )
+            mask = padded_mask([data.rows[i].response_mask for i in chosen], context.device)
+            hidden = hidden_states(model, batch.token_ids)
+            logprobs = token_logprobs(model, hidden, batch.token_ids, mask)
+            loss = -masked_mean(logprobs, mask)
+            loss.backward()
+            grad_norm = trainable.step(step)
+            loss_value = loss.item()
+            metrics = {"sft/loss": loss_value, "sft/grad_norm": grad_norm}
+            journal.log(step + 1, metrics, seconds_key="sft/seconds")
+            if step + 1 in section.keep:
+                save_model(out / f"model-{step + 1}", model, codec)
+            progress.update(step + 1, f"loss {loss_value:.3f}")
+            journal.boundary(step + 1, {"loss": loss_value})
+    save_model(out / "model", model, codec)
+    figures = {
+        "loss": loss_value,
+        "conversations": len(data.rows),
+        "too_long": data.num_too_long,
+        "parameters": model.num_parameters(),
+    }
+    sentence = (
+        f"Tuned a {model.num_parameters():,}-parameter policy on {len(data.rows)} conversations "
+        f"-> {out / 'model'}"
+    )
+    return Summary(sentence, figures)
+
+
+class Encodings(NamedTuple):
+    """Encoded conversations, and how many were left out for their length."""
+
+    rows: list[Encoded]
+    num_too_long: int
+
+
+def _starting_model(
+    section: SftSection, inputs: SftInputs, conversations: Sequence[Conversation], context: Context
+) -> LanguageModel:
+    if inputs.base is not None:
+        return load_language_model(
+            inputs.base, device=context.device, chat_format=section.chat_format
+        )
+    if section.architecture is None:
+        raise RecipeError("sft: set base (a model to start from) or architecture (a new one)")
+    chat_format = section.chat_format or "openchat"
+    # The format's own words are in what the vocabulary is trained on, so that they stay short.
+    texts = [written_text(chat_format, m) for row in conversations for m in row.messages]
+    tokenizer = train_tokenizer(texts, vocab_size=section.architecture.vocab_size)
+    return new_language_model(
+        section.architecture.model_dump(),
+        tokenizer,
+        chat_format,
+        seed=derive_seed(context.seed, "sft/weights"),
+    )
+
+
+def _encode(
+    conversations: Sequence[Conversation], codec: ChatCodec, section: SftSection
+) -> Encodings:
+    encoded = [codec.encode(row.messages) for row in conversations]
+    rows = [row for row in encoded if len(row.ids) <= section.max_length]
+    num_too_long = len(encoded) - len(rows)
+    if num_too_long:
+        logger.warning(
+            "%d of %d conversations are longer than sft.max_length (%d tokens) and are left out",
+            num_too_long,
+            len(encoded),
+            section.max_length,
+        )
+    if not rows:
+        raise DataError(
+            f"every conversation is longer than sft.max_length ({section.max_length} tokens); "
+            "raise it, or split the conversations"
+        )
+    return Encodings(rows, num_too_long)

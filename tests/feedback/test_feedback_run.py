@@ -1,0 +1,302 @@
+"""The feedback stage from prompts to files, against a real HTTP server for candidates and judge."""
+
+import json
+import os
+import re
+from collections import Counter
+
+import pytest
+from fake_server import FakeServer, Say, completion, error
+
+from starling.base.context import Context
+from starling.base.errors import DataError, RecipeError, Stopped
+from starling.base.jsonl import read_records
+from starling.data.records import Message, RankingRow, split_nectar_prompt
+from starling.feedback.config import Candidate, FeedbackInputs, FeedbackSection
+from starling.feedback.run import nectar_prompt, run
+from starling.judging.config import JudgeSection
+from starling.judging.recorded import ledger_rows
+from starling.models import endpoint as endpoint_module
+
+
+@pytest.fixture(autouse=True)
+def _short_waits(monkeypatch):
+    monkeypatch.setattr(endpoint_module, "FIRST_WAIT_SECONDS", 0.001)
+
+
+def prompt_rows(n):
+    return [
+        {
+            "messages": [{"role": "user", "content": f"question {i}"}],
+            "id": f"q{i}",
+            "category": "math",
+            "source": ["made here"],
+            "checks": {"contains_any": ["right"]},
+        }
+        for i in range(n)
+    ]
+
+
+def answer(body, n):
+    """What the fake models say: `good` is right, `bad` is wrong, `echo` always says the same."""
+    asked = body["messages"][-1]["content"]
+    if body["model"] == "judge":
+        return Say(completion(judge_text(asked)))
+    said = {
+        "good": f"This is right for {asked}, no. {body['seed'] % 97}.",
+        "bad": f"Wrong for {asked}, and long about it, with number {body['seed'] % 97}.",
+        "echo": "The same words.",
+    }
+    return Say(completion(said[body["model"]]))
+
+
+def judge_text(asked):
+    """Prefer what holds "right"; among equals the shorter; reads the fenced text alone."""
+    shown = re.findall(r"<<answer ([A-Z]) [0-9a-f]{8}>>\n(.*?)\n<<end", asked, re.DOTALL)
+    order = sorted(shown, key=lambda pair: ("right" not in pair[1], len(pair[1]), pair[1]))
+    return f"Good-natured: yes\n[[{', '.join(repr(label) for label, _ in order)}]]"
+
+
+CANDIDATES = (("good", 2), ("bad", 1))
+
+
+def stage(url, folder, *, rows=None, candidates=CANDIDATES, judge=None, stop=None, **fields):
+    prompts = folder / "prompts.jsonl"
+    prompts.parent.mkdir(parents=True, exist_ok=True)
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows or prompt_rows(6)))
+    section = FeedbackSection(
+        prompts="prompts.jsonl",
+        candidates=tuple(
+            Candidate(name=f"the {model}", model=model, url=url, answers=answers, concurrency=4)
+            for model, answers in candidates
+        ),
+        batch=fields.pop("batch", 2),
+        **fields,
+    )
+    inputs = FeedbackInputs(
+        prompts=prompts,
+        candidates=tuple(model for model, _ in candidates),
+        judge=judge or JudgeSection(url=url, model="judge"),
+    )
+    context = Context(rank=0, world_size=1, device="cpu", threads=1, seed=7)
+    if stop is not None:
+        context.stop.signal_number = stop
+    return run(section, inputs, folder / "out", context)
+
+
+def test_prompts_become_rankings_in_order_with_all_their_columns(tmp_path):
+    with FakeServer(answer) as server:
+        summary = stage(server.url, tmp_path)
+    rows = read_records(tmp_path / "out" / "rankings.jsonl", RankingRow)
+    assert [row.id for row in rows] == [f"q{n}" for n in range(6)]
+    for number, row in enumerate(rows):
+        assert row.prompt == f"\n\nHuman: question {number}\n\nAssistant: "
+        assert row.messages == (Message(role="user", content=f"question {number}"),)
+        assert row.category == "math"
+        assert row.source == ["made here"]
+        assert row.checks == {"contains_any": ["right"]}
+        assert row.good_natured is True
+        assert (row.turns, row.num_responses) == (1, 3)
+        assert [each.model for each in row.answers] == ["the good", "the good", "the bad"]
+        assert row.answers[2].rank == 3
+        assert sorted(each.rank for each in row.answers[:2]) == [1, 2]
+        assert {each.finish_reason for each in row.answers} == {"stop"}
+    assert summary.figures["rankings"] == 6
+    assert summary.figures["answers_per_prompt"] == 3
+    assert summary.figures["unparsed"] == 0
+    assert str(tmp_path / "out" / "rankings.jsonl") in summary.sentence
+
+
+def test_answers_of_one_candidate_to_one_prompt_have_seeds_of_their_own(tmp_path):
+    with FakeServer(answer) as server:
+        stage(server.url, tmp_path)
+    seeds = [call["seed"] for call in server.calls if call["model"] != "judge"]
+    assert len(seeds) == 18
+    assert len(set(seeds)) == 18
+
+
+def test_the_judge_is_asked_once_per_prompt_and_never_shown_names_or_checks(tmp_path):
+    with FakeServer(answer) as server:
+        stage(server.url, tmp_path)
+    asked = [json.dumps(call["messages"]) for call in server.calls if call["model"] == "judge"]
+    assert len(asked) == 6
+    assert not any("the good" in text or "contains_any" in text for text in asked)
+
+
+def test_a_second_run_asks_nothing_and_writes_the_same_bytes(tmp_path):
+    files = ("rankings.jsonl", "audit.json")
+    with FakeServer(answer) as server:
+        first = stage(server.url, tmp_path)
+        before = [(tmp_path / "out" / name).read_bytes() for name in files]
+        num_calls = len(server.calls)
+        second = stage(server.url, tmp_path)
+        assert len(server.calls) == num_calls
+    assert [(tmp_path / "out" / name).read_bytes() for name in files] == before
+    assert first == second
+    assert sorted(entry.name for entry in (tmp_path / "out").iterdir()) == [
+        "audit.json",
+        "calls.sqlite",
+        "rankings.jsonl",
+    ]
+
+
+def test_a_killed_stage_resumes_to_the_same_bytes_and_pays_only_for_calls_in_flight(tmp_path):
+    with FakeServer(answer) as server:
+        stage(server.url, tmp_path / "whole")
+        whole_calls = Counter(json.dumps(call) for call in server.calls)
+
+        child = os.fork()
+        if child == 0:
+            die_after_calls(server, tmp_path / "killed")
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+        assert not (tmp_path / "killed" / "out" / "rankings.jsonl").exists()
+        kept = ledger_rows(tmp_path / "killed" / "out" / "calls.sqlite")
+        num_answered = sum(row["state"] == "answered" for row in kept)
+        assert 0 < num_answered < 24
+
+        server.calls.clear()
+        stage(server.url, tmp_path / "killed")
+        again = Counter(json.dumps(call) for call in server.calls)
+    assert sum(again.values()) == 24 - num_answered
+    assert not again - whole_calls
+    for name in ("rankings.jsonl", "audit.json"):
+        killed = (tmp_path / "killed" / "out" / name).read_bytes()
+        assert killed == (tmp_path / "whole" / "out" / name).read_bytes()
+    assert ledger_rows(tmp_path / "killed" / "out" / "calls.sqlite") == ledger_rows(
+        tmp_path / "whole" / "out" / "calls.sqlite"
+    )
+
+
+def die_after_calls(server, folder):
+    """Run the stage in this child until it has had eleven replies, then die without clean-up."""
+    real, counted = endpoint_module.read_completion, []
+
+    def counting(request, body):
+        counted.append(request.id)
+        if len(counted) > 11:
+            os._exit(9)
+        return real(request, body)
+
+    endpoint_module.read_completion = counting
+    stage(server.url, folder)
+    os._exit(0)
+
+
+def test_a_signal_stops_the_stage_between_rounds(tmp_path):
+    with FakeServer(answer) as server, pytest.raises(Stopped):
+        stage(server.url, tmp_path, stop=15)
+    assert not (tmp_path / "out" / "rankings.jsonl").exists()
+    assert server.calls == []
+
+
+def test_equal_answers_are_merged_and_a_prompt_with_one_distinct_answer_is_skipped(tmp_path):
+    with FakeServer(answer) as server:
+        summary = stage(server.url, tmp_path, candidates=(("echo", 3), ("good", 1)))
+        assert summary.figures["answers_per_prompt"] == 2
+        assert summary.figures["merged_answers"] == 12
+        with pytest.raises(DataError, match="nothing to rank"):
+            stage(server.url, tmp_path / "alike", candidates=(("echo", 3),))
+    audit = json.loads((tmp_path / "out" / "audit.json").read_text())
+    assert audit["answers"]["merged"] == 12
+    assert list(audit["models"]) == ["the echo", "the good"]
+
+
+def test_verdicts_that_cannot_be_read_are_counted_up_to_the_allowed_share(tmp_path):
+    def script(body, n):
+        if body["model"] == "judge" and "question 3" in body["messages"][-1]["content"]:
+            return Say(completion("I like them all."))
+        return answer(body, n)
+
+    with FakeServer(script) as server:
+        summary = stage(server.url, tmp_path, allowed_failures=0.2)
+        with pytest.raises(DataError, match=r"1 of 6 prompts.*could not be read"):
+            stage(server.url, tmp_path / "strict", allowed_failures=0.1)
+    assert summary.figures["unparsed"] == 1
+    rows = read_records(tmp_path / "out" / "rankings.jsonl", RankingRow)
+    assert [row.id for row in rows] == ["q0", "q1", "q2", "q4", "q5"]
+    audit = json.loads((tmp_path / "out" / "audit.json").read_text())
+    assert audit["unparsed_examples"][0]["id"] == "q3"
+    assert not (tmp_path / "strict" / "out" / "rankings.jsonl").exists()
+
+
+def test_a_judge_that_never_answers_is_not_asked_to_the_end(tmp_path):
+    def script(body, n):
+        return error(400, "too long") if body["model"] == "judge" else answer(body, n)
+
+    with FakeServer(script) as server:
+        with pytest.raises(DataError, match="2 of 6 prompts.*too long"):
+            stage(server.url, tmp_path)
+        assert sum(call["model"] == "judge" for call in server.calls) == 2
+
+
+def test_a_failed_candidate_call_costs_one_answer_and_is_asked_again_by_the_next_run(tmp_path):
+    broken = {"now": True}
+
+    def script(body, n):
+        if broken["now"] and body["model"] == "bad":
+            return error(400, "no")
+        return answer(body, n)
+
+    with FakeServer(script) as server:
+        summary = stage(server.url, tmp_path)
+        assert summary.figures["answers_per_prompt"] == 2
+        assert summary.figures["failed_answers"] == 6
+        broken["now"] = False
+        server.calls.clear()
+        summary = stage(server.url, tmp_path)
+    assert summary.figures["answers_per_prompt"] == 3
+    # Six answers that were missing, and six comparisons that are others now.
+    assert Counter(call["model"] for call in server.calls) == {"bad": 6, "judge": 6}
+
+
+def test_prompts_left_without_two_answers_by_failures_count_as_failures(tmp_path):
+    def script(body, n):
+        return error(400, "no") if body["model"] != "good" else answer(body, n)
+
+    with FakeServer(script) as server, pytest.raises(DataError, match="the bad: .*400: .*no"):
+        stage(server.url, tmp_path, candidates=(("good", 1), ("bad", 1)))
+
+
+def test_a_rubric_judges_by_the_prompts_checks(tmp_path):
+    with FakeServer(answer) as server:
+        stage(server.url, tmp_path, judge=JudgeSection(kind="rubric"))
+    rows = read_records(tmp_path / "out" / "rankings.jsonl", RankingRow)
+    assert [row.answers[2].rank for row in rows] == [3] * 6
+    assert not any(call["model"] == "judge" for call in server.calls)
+
+
+def test_a_limit_is_drawn_and_bad_rows_are_put_aside(tmp_path):
+    rows = [*prompt_rows(150), {"messages": []}]
+    with FakeServer(answer) as server:
+        summary = stage(server.url, tmp_path, rows=rows, limit=3)
+    assert summary.figures["rankings"] == 3
+    [bad] = (tmp_path / "out" / "quarantine.jsonl").read_text().splitlines()
+    assert json.loads(bad)["line"] == 151
+
+
+@pytest.mark.parametrize(
+    ("candidates", "said"),
+    [
+        ((("good", 1),), "1 answers"),
+        ((("good", 20), ("bad", 7)), "27 answers"),
+        ((("good", 1), ("good", 1)), "two candidates"),
+    ],
+)
+def test_candidates_that_cannot_be_ranked_are_refused_before_any_call(tmp_path, candidates, said):
+    with FakeServer(answer) as server:
+        with pytest.raises(RecipeError, match=said):
+            stage(server.url, tmp_path, candidates=candidates)
+        assert server.calls == []
+
+
+def test_nectars_one_string_form_goes_there_and_back():
+    messages = (
+        Message(role="user", content="hi"),
+        Message(role="assistant", content="hello"),
+        Message(role="user", content="bye"),
+    )
+    text = nectar_prompt(messages)
+    assert text == "\n\nHuman: hi\n\nAssistant: hello\n\nHuman: bye\n\nAssistant: "
+    assert split_nectar_prompt(text) == messages
+    system = (Message(role="system", content="be brief"), Message(role="user", content="hi"))
+    assert nectar_prompt(system) == "\n\nHuman: be brief\n\nhi\n\nAssistant: "

@@ -1,0 +1,262 @@
+"""An endpoint against a real HTTP server that misbehaves in every way we know of."""
+
+import threading
+import time
+
+import pytest
+
+from starling.base.errors import InputError
+from starling.data.records import Message
+from starling.models import endpoint as endpoint_module
+from starling.models.endpoint import Endpoint
+from starling.models.interfaces import Failure, Reply, Request, Sampling, Usage
+from fake_server import FakeServer, Say, completion, error
+
+
+@pytest.fixture(autouse=True)
+def _short_waits(monkeypatch):
+    monkeypatch.setattr(endpoint_module, "FIRST_WAIT_SECONDS", 0.01)
+    for name in ("OPENAI_API_KEY", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def request(text="hello", id=None, mode=None):
+    messages = (
+        Message(role="system", content="be brief"),
+        Message(role="user", content=text),
+    )
+    sampling = Sampling(max_tokens=11, temperature=0.25, seed=2**62 + 5)
+    return Request(id or text, messages, sampling, mode)
+
+
+def ask_one(script, **options):
+    with FakeServer(script) as server:
+        [outcome] = Endpoint(server.url, "m", **options).respond([request()])
+    return outcome, server
+
+
+def test_a_reply_carries_text_usage_and_finish_reason():
+    outcome, server = ask_one(lambda body, n: Say(completion("hi", finish_reason="length")))
+    assert outcome == Reply("hello", "hi", "length", Usage(7, 3))
+    [call] = server.calls
+    assert call.pop("path") == "/v1/chat/completions"
+    assert call == {
+        "model": "m",
+        "messages": [
+            {"role": "system", "content": "be brief"},
+            {"role": "user", "content": "hello"},
+        ],
+        "temperature": 0.25,
+        "max_tokens": 11,
+        "seed": 5,
+    }
+
+
+def test_a_rate_limit_is_waited_out_for_as_long_as_the_server_says():
+    limited = error(429, "slow down", headers={"Retry-After": "0.4"})
+    outcome, server = ask_one(lambda body, n: limited if n == 0 else Say(completion("hi")))
+    assert isinstance(outcome, Reply)
+    assert server.times[1] - server.times[0] >= 0.4
+
+
+def test_a_wait_of_hours_is_a_failure_at_once():
+    limited = error(429, "daily limit", headers={"Retry-After": "7200"})
+    outcome, server = ask_one(lambda body, n: limited)
+    assert isinstance(outcome, Failure)
+    assert "daily limit" in outcome.reason
+    assert len(server.calls) == 1
+
+
+def test_server_errors_are_tried_again_as_often_as_allowed_and_then_fail():
+    outcome, server = ask_one(lambda body, n: error(500, "oops"), retries=3)
+    assert isinstance(outcome, Failure)
+    assert "500" in outcome.reason
+    assert "oops" in outcome.reason
+    assert len(server.calls) == 4
+
+
+def test_a_cut_connection_is_tried_again():
+    outcome, server = ask_one(lambda body, n: Say(completion("hi"), cut=n == 0))
+    assert isinstance(outcome, Reply)
+    assert len(server.calls) == 2
+
+
+def test_a_call_that_takes_too_long_is_tried_again_and_then_fails():
+    outcome, server = ask_one(
+        lambda body, n: Say(completion("hi"), delay_seconds=0.6), timeout_seconds=0.15, retries=1
+    )
+    assert isinstance(outcome, Failure)
+    assert "0.15 s" in outcome.reason
+    assert len(server.calls) == 2
+
+
+def test_a_server_that_is_not_there_is_a_failure_after_the_retries():
+    with FakeServer(lambda body, n: Say()) as server:
+        url = server.url
+    [outcome] = Endpoint(url, "m", retries=2).respond([request()])
+    assert isinstance(outcome, Failure)
+    assert "3 attempts" in outcome.reason
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "<html>welcome</html>",
+        "",
+        "[]",
+        '{"choices": []}',
+        '{"choices": [{"message": {"content": 5}, "finish_reason": "stop"}]}',
+        '{"choices": [{"message": {"content": "half \\ud800"}, "finish_reason": "stop"}]}',
+    ],
+)
+def test_a_body_that_is_no_completion_is_a_failure_and_not_asked_again(body):
+    outcome, server = ask_one(lambda _, n: Say(body))
+    assert isinstance(outcome, Failure)
+    assert "no chat completion" in outcome.reason
+    assert len(server.calls) == 1
+
+
+@pytest.mark.parametrize("text", ["", "  \n", None])
+def test_an_empty_reply_is_a_failure(text):
+    outcome, _ = ask_one(lambda body, n: Say(completion(text)))
+    assert isinstance(outcome, Failure)
+    assert "empty" in outcome.reason
+
+
+@pytest.mark.parametrize("finish_reason", ["content_filter", "tool_calls", None])
+def test_a_reply_that_ended_in_no_known_way_is_a_failure(finish_reason):
+    outcome, _ = ask_one(lambda body, n: Say(completion("hi", finish_reason=finish_reason)))
+    assert isinstance(outcome, Failure)
+    assert str(finish_reason) in outcome.reason
+
+
+def test_a_refused_request_fails_at_once_with_the_servers_words():
+    outcome, server = ask_one(lambda body, n: error(400, "context of 4096 exceeded"))
+    assert isinstance(outcome, Failure)
+    assert "context of 4096 exceeded" in outcome.reason
+    assert len(server.calls) == 1
+
+
+def test_a_wrong_key_ends_the_run_and_is_not_shown(monkeypatch):
+    monkeypatch.setenv("SOME_KEY", "sk-very-secret")
+    with FakeServer(lambda body, n: error(401, "bad key sk-very-secret")) as server:
+        endpoint = Endpoint(server.url, "m", api_key_env="SOME_KEY")
+        with pytest.raises(InputError, match="SOME_KEY") as caught:
+            list(endpoint.respond([request()]))
+    assert server.url in str(caught.value)
+    assert "sk-very-secret" not in str(caught.value)
+    assert server.headers[0]["authorization"] == "Bearer sk-very-secret"
+
+
+def test_a_missing_model_ends_the_run():
+    with FakeServer(lambda body, n: error(404, "no such model")) as server:
+        with pytest.raises(InputError, match="no model 'm'") as caught:
+            list(Endpoint(server.url, "m").respond([request()]))
+        assert server.url in str(caught.value)
+
+
+def test_an_account_without_credit_ends_the_run_instead_of_waiting():
+    with FakeServer(lambda body, n: error(429, "quota", code="insufficient_quota")) as server:
+        with pytest.raises(InputError, match="credit"):
+            list(Endpoint(server.url, "m").respond([request()]))
+        assert len(server.calls) == 1
+
+
+def test_a_server_that_wants_the_newer_name_of_the_limit_gets_it():
+    def script(body, n):
+        if "max_tokens" in body:
+            return error(400, "use the other", code="unsupported_parameter", param="max_tokens")
+        return Say(completion("hi"))
+
+    outcome, server = ask_one(script)
+    assert isinstance(outcome, Reply)
+    assert server.calls[1]["max_completion_tokens"] == 11
+
+
+def test_a_named_key_that_is_not_set_is_refused_before_any_call(monkeypatch):
+    monkeypatch.delenv("SOME_KEY", raising=False)
+    with pytest.raises(InputError, match="SOME_KEY"):
+        Endpoint("http://localhost:1/v1", "m", api_key_env="SOME_KEY")
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://user:pass@localhost/v1",
+        "http://localhost/v1?api_key=sk-1",
+        "http://localhost/v1#access_token=sk-1",
+        "localhost:8000/v1",
+        "",
+    ],
+)
+def test_an_address_with_a_key_in_it_or_that_is_none_is_refused(url):
+    with pytest.raises(InputError) as caught:
+        Endpoint(url, "m")
+    assert "sk-1" not in str(caught.value)
+    assert "pass@" not in str(caught.value)
+
+
+def test_the_environments_openai_account_is_not_told_to_a_server_without_a_key(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-mine")
+    monkeypatch.setenv("OPENAI_ORG_ID", "org-mine")
+    monkeypatch.setenv("OPENAI_PROJECT_ID", "proj-mine")
+    _, server = ask_one(lambda body, n: Say(completion("hi")))
+    assert "mine" not in " ".join(server.headers[0].values())
+
+
+def test_every_request_gets_one_outcome_and_no_more_are_in_flight_than_allowed():
+    names = [f"question {n}" for n in range(12)]
+    with FakeServer(
+        lambda body, n: Say(completion(body["messages"][-1]["content"]), delay_seconds=0.05)
+    ) as server:
+        endpoint = Endpoint(server.url, "m", concurrency=3)
+        outcomes = list(endpoint.respond(request(name) for name in names))
+    assert sorted(outcome.request_id for outcome in outcomes) == sorted(names)
+    assert all(outcome.text == outcome.request_id for outcome in outcomes)
+    assert server.most_open == 3
+
+
+def test_a_request_is_taken_only_when_there_is_room_for_its_call():
+    taken = []
+
+    def requests():
+        for n in range(6):
+            taken.append(n)
+            yield request(f"question {n}")
+
+    with FakeServer(lambda body, n: Say(completion("hi"))) as server:
+        outcomes = Endpoint(server.url, "m", concurrency=2).respond(requests())
+        next(outcomes)
+        assert taken == [0, 1]
+        next(outcomes)
+        assert taken == [0, 1, 2]
+        outcomes.close()
+
+
+def test_stopping_early_ends_the_calls_in_flight_and_the_thread():
+    with FakeServer(
+        lambda body, n: Say(completion("hi"), delay_seconds=0.0 if n == 0 else 5.0)
+    ) as server:
+        requests = [request("same", id="first"), request("same", id="second")]
+        outcomes = Endpoint(server.url, "m").respond(requests)
+        next(outcomes)
+        start = time.monotonic()
+        outcomes.close()
+        assert time.monotonic() - start < 2.0
+    assert "endpoint" not in {thread.name for thread in threading.enumerate()}
+
+
+def test_the_identity_names_address_and_model():
+    assert Endpoint("http://h:1/v1/", "m").identity == Endpoint("http://h:1/v1", "m").identity
+    assert Endpoint("http://h:1/v1", "m").identity != Endpoint("http://h:1/v1", "n").identity
+
+
+def test_a_mode_is_not_sent_and_a_warning_says_so(caplog):
+    with FakeServer(lambda body, n: Say(completion("hi"))) as server:
+        list(
+            Endpoint(server.url, "m").respond(
+                [request("a", mode="code"), request("b", mode="code")]
+            )
+        )
+    assert all("mode" not in call for call in server.calls)
+    assert sum("mode" in record.message for record in caplog.records) == 1
