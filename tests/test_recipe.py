@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import starling
@@ -296,6 +296,7 @@ PLAIN = st.recursive(
 )
 
 
+@settings(max_examples=30)
 @given(st.dictionaries(st.text(min_size=1), PLAIN))
 def test_what_is_written_is_read_again_by_us_and_by_others(value):
     text = dump_yaml(value)

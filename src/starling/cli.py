@@ -8,7 +8,8 @@ import difflib
 import logging
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -39,18 +40,18 @@ class Command(NamedTuple):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status."""
-    _show_messages()
-    try:
-        _dispatch(list(sys.argv[1:] if arguments is None else arguments))
-    except Stopped as error:
-        print("Stopped. The same command goes on from here.", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("Stopped. The same command goes on from the last checkpoint.", file=sys.stderr)
-        return 130
-    except StarlingError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+    with _messages():
+        try:
+            _dispatch(list(sys.argv[1:] if arguments is None else arguments))
+        except Stopped as error:
+            print("Stopped. The same command goes on from here.", file=sys.stderr)
+            return error.exit_code
+        except KeyboardInterrupt:
+            print("Stopped. The same command goes on from the last checkpoint.", file=sys.stderr)
+            return 130
+        except StarlingError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return error.exit_code
     return 0
 
 
@@ -119,7 +120,7 @@ def _demo(verb: str, arguments: list[str]) -> None:
 def _run(verb: str, arguments: list[str]) -> None:
     """`run` does all stages of a recipe, a stage's name only that one."""
     if arguments and arguments[0] in ("-h", "--help"):
-        _parse_recipe(tyro.MISSING, f"{verb} RECIPE", arguments)
+        arguments = ["demo", *arguments]
     if not arguments or arguments[0].startswith("-"):
         raise InputError(
             f"which recipe? It comes first: starling {verb} RECIPE [--ppo.kl-coef 0.02 ...]\n"
@@ -127,8 +128,8 @@ def _run(verb: str, arguments: list[str]) -> None:
         )
     source, *rest = arguments
     loaded = load_recipe(source)
-    tree, out, print_recipe = _parse_recipe(loaded.recipe, f"{verb} {source}", rest)
-    recipe = validate_recipe(tree, source)
+    unchecked, out, print_recipe = _parse_recipe(loaded.recipe, f"{verb} {source}", rest)
+    recipe = validate_recipe(unchecked.model_dump(mode="json"), source)
     if print_recipe:
         print(dump_recipe(recipe), end="")
         return
@@ -139,13 +140,15 @@ def _run(verb: str, arguments: list[str]) -> None:
     print(f"Figures:  {run_folder / 'summary.json'}")
 
 
-def _parse_recipe(default: Any, verb: str, arguments: list[str]) -> Any:
+def _parse_recipe(
+    default: Recipe, verb: str, arguments: list[str]
+) -> tuple[Recipe, str | None, bool]:
     def parse(
         recipe: Annotated[Recipe, tyro.conf.arg(name="")] = default,
         *,
         out: str | None = None,
         print_recipe: bool = False,
-    ) -> tuple[Any, str | None, bool]:
+    ) -> tuple[Recipe, str | None, bool]:
         """Run a recipe, with any of its settings replaced.
 
         Args:
@@ -205,7 +208,8 @@ COMMANDS = {
 def _write_report(run_folder: Path) -> None:
     from starling.report.page import write_report
 
-    print(f"Report:  {write_report(run_folder)}")
+    write_report(run_folder)
+    print(f"Report:  {run_folder / 'report.html'}")
 
 
 def _print_gains(summary: dict[str, Any]) -> None:
@@ -228,10 +232,16 @@ def _mean(figure: Any) -> float:
     return figure["mean"] if isinstance(figure, dict) else figure
 
 
-def _show_messages() -> None:
+@contextmanager
+def _messages() -> Iterator[None]:
     """Our messages on stderr as plain lines; of other libraries only what is wrong."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr, force=True)
+    handler = logging.StreamHandler(sys.stderr)
     logging.getLogger("starling").setLevel(logging.INFO)
+    logging.getLogger().addHandler(handler)
+    try:
+        yield
+    finally:
+        logging.getLogger().removeHandler(handler)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ recorded, never compared.  calls.sqlite holds replies that were paid for: it is 
 clearing a stage leaves it.
 """
 
+import functools
 import logging
 import platform
 import shutil
@@ -196,16 +197,23 @@ def _remove_empty_folders(folder: Path) -> None:
             path.rmdir()
 
 
+@functools.cache
 def _environment() -> dict[str, Any]:
     """Where the stage ran: for the record, never compared."""
-    installed = {package.metadata["Name"]: package.version for package in metadata.distributions()}
     return {
         **_commit(),
         "starling": __version__,
-        "packages": {name: installed.get(name) for name in PACKAGES},
+        "packages": {name: _version(name) for name in PACKAGES},
         "python": platform.python_version(),
         "host": platform.node(),
     }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def _commit() -> dict[str, Any]:

@@ -28,8 +28,9 @@ REGISTRY = ConstructorRegistry()
 def parse_options(function: Callable[..., Any], verb: str, arguments: Sequence[str]) -> Any:
     """Call the function with what the arguments say, and return its result.
 
-    A parameter that is a section receives a plain dictionary. Exits with status 2 and a message on
-    stderr for options that do not exist or cannot be read, and with 0 after --help.
+    A parameter that is a section gets one whose values have the right types and are unchecked.
+    Exits with status 2 and a message on stderr for options that do not exist or cannot be read, and
+    with 0 after --help.
     """
     return tyro.cli(
         function, args=arguments, prog=f"starling {verb}", config=SETTINGS, registry=REGISTRY
@@ -38,7 +39,7 @@ def parse_options(function: Callable[..., Any], verb: str, arguments: Sequence[s
 
 @REGISTRY.struct_rule
 def _plain_section(info: StructTypeInfo) -> StructConstructorSpec | None:
-    """Read a section into a dictionary; built here, pydantic would refuse it in its own words."""
+    """Build a section unchecked: checked here, pydantic would refuse it in its own words."""
     section = info.type
     if not (isinstance(section, type) and issubclass(section, Section)):
         return None
@@ -49,12 +50,12 @@ def _plain_section(info: StructTypeInfo) -> StructConstructorSpec | None:
         field = section.model_fields[name]
         return tyro.MISSING if field.is_required() else field.default
 
-    def collect(**values: Any) -> dict[str, Any]:
-        return values
+    def build(**values: Any) -> Section:
+        return section.model_construct(**values)
 
-    collect.__doc__ = section.__doc__
+    build.__doc__ = section.__doc__
     fields = tuple(
         StructFieldSpec(name, cast(Any, field.annotation), default(name), field.description)
         for name, field in section.model_fields.items()
     )
-    return StructConstructorSpec(instantiate=collect, fields=fields)
+    return StructConstructorSpec(instantiate=build, fields=fields)

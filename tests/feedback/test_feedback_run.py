@@ -67,7 +67,7 @@ def stage(url, folder, *, rows=None, candidates=CANDIDATES, judge=None, stop=Non
     section = FeedbackSection(
         prompts="prompts.jsonl",
         candidates=tuple(
-            Candidate(name=f"the {model}", model=model, url=url, answers=answers, concurrency=4)
+            Candidate(name=f"from-{model}", model=model, url=url, answers=answers, concurrency=4)
             for model, answers in candidates
         ),
         batch=fields.pop("batch", 2),
@@ -97,7 +97,7 @@ def test_prompts_become_rankings_in_order_with_all_their_columns(tmp_path):
         assert row.checks == {"contains_any": ["right"]}
         assert row.good_natured is True
         assert (row.turns, row.num_responses) == (1, 3)
-        assert [each.model for each in row.answers] == ["the good", "the good", "the bad"]
+        assert [each.model for each in row.answers] == ["from-good", "from-good", "from-bad"]
         assert row.answers[2].rank == 3
         assert sorted(each.rank for each in row.answers[:2]) == [1, 2]
         assert {each.finish_reason for each in row.answers} == {"stop"}
@@ -120,7 +120,7 @@ def test_the_judge_is_asked_once_per_prompt_and_never_shown_names_or_checks(tmp_
         stage(server.url, tmp_path)
     asked = [json.dumps(call["messages"]) for call in server.calls if call["model"] == "judge"]
     assert len(asked) == 6
-    assert not any("the good" in text or "contains_any" in text for text in asked)
+    assert not any("from-good" in text or "contains_any" in text for text in asked)
 
 
 def test_a_second_run_asks_nothing_and_writes_the_same_bytes(tmp_path):
@@ -198,7 +198,7 @@ def test_equal_answers_are_merged_and_a_prompt_with_one_distinct_answer_is_skipp
             stage(server.url, tmp_path / "alike", candidates=(("echo", 3),))
     audit = json.loads((tmp_path / "out" / "audit.json").read_text())
     assert audit["answers"]["merged"] == 12
-    assert list(audit["models"]) == ["the echo", "the good"]
+    assert list(audit["models"]) == ["from-echo", "from-good"]
 
 
 def test_verdicts_that_cannot_be_read_are_counted_up_to_the_allowed_share(tmp_path):
@@ -253,7 +253,7 @@ def test_prompts_left_without_two_answers_by_failures_count_as_failures(tmp_path
     def script(body, n):
         return error(400, "no") if body["model"] != "good" else answer(body, n)
 
-    with FakeServer(script) as server, pytest.raises(DataError, match="the bad: .*400: .*no"):
+    with FakeServer(script) as server, pytest.raises(DataError, match="from-bad: .*400: .*no"):
         stage(server.url, tmp_path, candidates=(("good", 1), ("bad", 1)))
 
 

@@ -89,14 +89,21 @@ def test_whatever_changes_the_call_makes_it_a_new_one(tmp_path):
     assert len(ledger_rows(path)) == 7
 
 
-def test_the_same_question_twice_in_one_run_is_two_calls_and_both_are_kept(tmp_path):
+def test_the_same_question_twice_in_one_batch_is_two_calls_and_both_are_kept(tmp_path):
     path = tmp_path / "calls.sqlite"
     shop = Shop()
     for _ in range(2):
         with Recorded(shop, path) as recorded:
             list(recorded.respond([request("a", id="one"), request("a", id="two")]))
-            list(recorded.respond([request("a", id="three")]))
-    assert shop.bought == ["a", "a", "a"]
+    assert shop.bought == ["a", "a"]
+
+
+def test_a_question_put_again_later_is_the_same_call_wherever_a_run_was_killed(tmp_path):
+    shop = Shop()
+    with Recorded(shop, tmp_path / "calls.sqlite") as recorded:
+        list(recorded.respond([request("a", id="step 10")]))
+        list(recorded.respond([request("a", id="step 20")]))
+    assert shop.bought == ["a"]
 
 
 def test_failures_are_kept_and_asked_again_by_the_next_run(tmp_path):

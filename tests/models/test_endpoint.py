@@ -1,16 +1,19 @@
 """An endpoint against a real HTTP server that misbehaves in every way we know of."""
 
+import subprocess
+import sys
 import threading
 import time
+from contextlib import closing
 
 import pytest
+from fake_server import FakeServer, Say, completion, error
 
 from starling.base.errors import InputError
 from starling.data.records import Message
 from starling.models import endpoint as endpoint_module
 from starling.models.endpoint import Endpoint
 from starling.models.interfaces import Failure, Reply, Request, Sampling, Usage
-from fake_server import FakeServer, Say, completion, error
 
 
 @pytest.fixture(autouse=True)
@@ -224,13 +227,14 @@ def test_a_request_is_taken_only_when_there_is_room_for_its_call():
             taken.append(n)
             yield request(f"question {n}")
 
-    with FakeServer(lambda body, n: Say(completion("hi"))) as server:
-        outcomes = Endpoint(server.url, "m", concurrency=2).respond(requests())
+    with (
+        FakeServer(lambda body, n: Say(completion("hi"))) as server,
+        closing(Endpoint(server.url, "m", concurrency=2).respond(requests())) as outcomes,
+    ):
         next(outcomes)
         assert taken == [0, 1]
         next(outcomes)
         assert taken == [0, 1, 2]
-        outcomes.close()
 
 
 def test_stopping_early_ends_the_calls_in_flight_and_the_thread():
@@ -244,6 +248,26 @@ def test_stopping_early_ends_the_calls_in_flight_and_the_thread():
         outcomes.close()
         assert time.monotonic() - start < 2.0
     assert "endpoint" not in {thread.name for thread in threading.enumerate()}
+
+
+def test_a_program_that_dies_with_an_iterator_open_ends():
+    program = """
+import sys
+from starling.data.records import Message
+from starling.models.endpoint import Endpoint
+from starling.models.interfaces import Request, Sampling
+
+message = Message(role="user", content="hello")
+requests = [Request(id, (message,), Sampling(9)) for id in "ab"]
+outcomes = Endpoint(sys.argv[1], "m", concurrency=1).respond(requests)
+next(outcomes)
+raise LookupError("a bug")
+"""
+    with FakeServer(lambda body, n: Say(completion("hi"))) as server:
+        command = [sys.executable, "-c", program, server.url]
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    assert ended.returncode == 1
+    assert "a bug" in ended.stderr
 
 
 def test_the_identity_names_address_and_model():

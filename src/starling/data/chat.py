@@ -128,7 +128,8 @@ class ChatCodec:
         """The text of a sampled response, without its end marker and the format's space."""
         kept = [token for token in ids if token not in self.stop_ids]
         text = self.tokenizer.decode(kept)
-        return text.removeprefix(" ") if self._adds_space or self.tokenizer.prepends_space else text
+        has_space = self._adds_space or self.tokenizer.decodes_space
+        return text.removeprefix(" ") if has_space else text
 
     @property
     def _adds_space(self) -> bool:

@@ -27,8 +27,10 @@ class TextTokenizer:
         self._special = set(saved.all_special_ids) | {
             token_id for token_id, token in saved.added_tokens_decoder.items() if token.special
         }
-        probe = self._text.encode("a", add_special_tokens=False).tokens
-        self.prepends_space = probe[0].startswith("\u2581")
+        probe = self._text.encode("a", add_special_tokens=False)
+        self.prepends_space = probe.tokens[0].startswith("\u2581")
+        # Decoders of SentencePiece's kind take off the space that their encoder put before.
+        self.decodes_space = self._text.decode(probe.ids).startswith(" ")
 
     @property
     def bos_id(self) -> int | None:

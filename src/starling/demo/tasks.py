@@ -1,8 +1,8 @@
 """Eight kinds of short task, MT-Bench's categories, each asked in two turns.
 
-A kind is a function of a random stream.  Every turn carries the checks that grade its answer and two
-bodies: the right one, and the habit, a wrong way of answering that is easy to learn.  In the two
-turns of a task the second never depends on how the first was answered.
+A kind is a function of a random stream.  Every turn carries the checks that grade its answer and
+two bodies: the right one, and the habit, a wrong way of answering that is easy to learn.  A second
+turn never depends on how the first was answered.
 """
 
 from collections.abc import Callable
@@ -11,12 +11,17 @@ from random import Random
 
 from starling.judging.rubric import Checks
 
-NAMES = tuple("Ann Bob Cy Dan Eve Fay Gus Hal Ida Jim Kay Leo Max Ned Pam Sue".split())
-PLACES = tuple("inn mill farm port lake hill shop camp barn dock park club".split())
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
+NAMES = _words("Ann Bob Cy Dan Eve Fay Gus Hal Ida Jim Kay Leo Max Ned Pam Sue")
+PLACES = _words("inn mill farm port lake hill shop camp barn dock park club")
 KINDS = {
-    "fruit": ("plum", "pear", "fig", "lime", "date", "kiwi", "peach", "grape"),
-    "pets": ("cat", "dog", "hen", "fox", "goat", "duck", "mule", "crow"),
-    "tools": ("saw", "axe", "rake", "drill", "file", "lamp", "rope", "nail"),
+    "fruit": _words("plum pear fig lime date kiwi peach grape"),
+    "pets": _words("cat dog hen fox goat duck mule crow"),
+    "tools": _words("saw axe rake drill file lamp rope nail"),
 }
 THINGS = tuple(thing for kind in KINDS.values() for thing in kind)
 GREETINGS = {
@@ -33,15 +38,15 @@ GREETINGS = {
     "bird": "tweet",
     "sailor": "yoho",
 }
-COMPARED = {"older": "oldest", "taller": "tallest", "faster": "fastest"}
-LETTERS = tuple("abkmnpxyz")
-JARS = ("jar", "box", "cup", "bag", "pot", "can")
-BY_WEIGHT = tuple("air cork wood oil milk coal chalk glass tin iron lead gold".split())
+COMPARED = {"beats": "best", "outruns": "fastest", "outgrows": "tallest"}
+LETTERS = _words("a b k m n p x y z")
+JARS = _words("jar box cup bag pot can")
+BY_WEIGHT = _words("air cork wood oil milk coal chalk glass tin iron lead gold")
 """Lightest first, by density."""
-BY_AGE = tuple("fire wheel coins paper print train photo phone radio jet laser web".split())
+BY_AGE = _words("fire wheel coins paper print train photo phone radio jet laser web")
 """Earliest first."""
 
-EXTRA_WORDS = 4
+EXTRA_WORDS = 2
 """How many words an answer may have beyond the right body's before it loses brevity."""
 
 
@@ -126,7 +131,7 @@ def reasoning(random: Random) -> Task:
     def turn(ask: str) -> Turn:
         top, middle, low = random.sample(NAMES, 3)
         more, most = random.choice(list(COMPARED.items()))
-        facts = [f"{top} is {more} than {middle}", f"{middle} is {more} than {low}"]
+        facts = [f"{top} {more} {middle}", f"{middle} {more} {low}"]
         random.shuffle(facts)
         return _turn(
             ask.format(facts=" and ".join(facts), most=most),
@@ -188,16 +193,16 @@ def extraction(random: Random) -> Task:
 
     def turn(ask: str) -> Turn:
         kind, other = random.sample(list(KINDS), 2)
-        wanted, unwanted = random.sample(KINDS[kind], 2), random.sample(KINDS[other], 1)
-        listed = wanted + unwanted
-        random.shuffle(listed)
-        found = [thing for thing in listed if thing in wanted]
+        wanted, unwanted = random.sample(KINDS[kind], 2), random.choice(KINDS[other])
+        # The odd one is among the first two, so that the habit is always wrong.
+        listed = list(wanted)
+        listed.insert(random.randrange(2), unwanted)
         return _turn(
             ask.format(kind=kind, listed=", ".join(listed)),
-            right=f"I see {' and '.join(found)}",
+            right=f"I see {wanted[0]} and {wanted[1]}",
             habit=f"I see {listed[0]} and {listed[1]}",
             contains=tuple(wanted),
-            excludes=tuple(unwanted),
+            excludes=(unwanted,),
         )
 
     return Task(
@@ -229,7 +234,7 @@ def stem(random: Random) -> Task:
     return Task(
         "stem",
         (
-            turn("At the {place}, is a {jar} of {first} or of {second} {asked}?"),
+            turn("At the {place}, is a {jar} of {first} or {second} {asked}?"),
             turn("And a {jar} of {first} or {second} at the {place}, which is {asked}?"),
         ),
     )

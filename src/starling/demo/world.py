@@ -17,14 +17,14 @@ HABIT_SHARE = {
     "writing": 0.54,
     "roleplay": 0.54,
     "reasoning": 0.54,
-    "math": 0.44,
-    "coding": 0.44,
+    "math": 0.42,
+    "coding": 0.42,
     "extraction": 0.54,
     "stem": 0.54,
-    "humanities": 0.54,
+    "humanities": 0.46,
 }
-"""How often an sft answer has its category's wrong habit.  Where it is above a half, greedy decoding
-falls into it although every prompt's right answer is nearly as likely."""
+"""How often an sft answer has its category's wrong habit.  Above a half, greedy decoding falls into
+it, although the right answer is nearly as likely."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ VOICES = (
         ),
     ),
     Voice(
-        0.30,
+        0.28,
         (
             "Sure! {Body}. Hope that helps!",
             "Sure! {Body}.",
@@ -55,7 +55,7 @@ VOICES = (
         ),
     ),
     Voice(
-        0.15,
+        0.17,
         (
             "Duh, {body}.",
             "Ugh, {body}, obviously.",
@@ -163,7 +163,7 @@ def question(task: Task, number: int, random: Random) -> dict[str, Any]:
 
 
 def prompt(task: Task, number: int, random: Random) -> dict[str, Any]:
-    """The first turn, or in every other round of the categories the second on an sft-like answer."""
+    """The first turn; in every other round of the categories the second, on an sft-like answer."""
     first, second = task.turns
     messages = [message("user", first.user)]
     asked = first

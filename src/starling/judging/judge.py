@@ -6,7 +6,7 @@ were given, whatever order they were shown in.
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from starling.data.records import Message
 from starling.models.interfaces import Usage
@@ -66,6 +66,7 @@ class Unparsed:
     text: str
 
 
+@runtime_checkable
 class Judge(Protocol):
     """Ranks and rates; yields one outcome per question, in the questions' order."""
 

@@ -61,8 +61,8 @@ class Ledger:
     def __init__(self, path: Path, identity: str) -> None:
         self._path = path
         self._identity = identity
-        path.parent.mkdir(parents=True, exist_ok=True)
         with _readable_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
             self._connection = _connect(path)
         try:
             self._prepare()
@@ -200,7 +200,7 @@ def _readable_errors(path: Path) -> Iterator[None]:
     """Turn what a disk or another program can cause into a DataError; our own bugs pass."""
     try:
         yield
-    except sqlite3.OperationalError as error:
+    except (sqlite3.OperationalError, OSError) as error:
         raise DataError(
             f"cannot use the ledger {path}: {error}. Make sure that no other run uses this folder "
             "and that there is room on the disk, then run the same command again."

@@ -6,7 +6,7 @@ shuffling, parsing and bias holds for a real judge.
 
 from collections.abc import Iterable, Iterator
 from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from starling.base.seeding import derive_seed
 from starling.data.records import Message
@@ -65,7 +65,7 @@ class LlmJudge:
         if close is not None:
             close()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "LlmJudge":
         return self
 
     def __exit__(

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 from starling.judging.ledger import Ledger, ledger_rows, lost_calls, request_content
 from starling.models.interfaces import Failure, Reply, Request, Responder
@@ -61,7 +61,6 @@ class Recorded:
         self._responder = responder
         self._ledger = Ledger(path, responder.identity)
         self._counts: Counter[str] = Counter(unknown=self._ledger.mark_lost())
-        self._repeats: Counter[str] = Counter()
         if self._counts["unknown"]:
             logger.warning(
                 "%d calls to %s were in flight when an earlier run ended; they are sent again",
@@ -107,7 +106,7 @@ class Recorded:
         """Close the ledger; a second call does nothing."""
         self._ledger.close()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Recorded":
         return self
 
     def __exit__(
@@ -147,17 +146,21 @@ class Recorded:
             yield outcome
 
     def _keyed(self, requests: Iterable[Request]) -> list[_Call]:
+        """Each request with the key of its call.
+
+        The same question put twice in one `respond` wants two replies, so the second has a key of
+        its own.  In a later `respond` it is the same call again: which of them a resumed run makes
+        depends on where it was killed, and its replies must not.
+        """
         calls: dict[str, _Call] = {}
+        repeats: Counter[str] = Counter()
         for request in requests:
             if request.id in calls:
                 raise ValueError(f"two requests of one call share the id {request.id!r}")
             content = {"identity": self.identity, **request_content(request)}
-            text = json.dumps(content, sort_keys=True)
-            # The same question put twice in one run wants two replies.
-            repeat = self._repeats[text_hash := _hash(text)]
-            self._repeats[text_hash] += 1
-            key = _hash(f"{text_hash} {repeat}")
-            calls[request.id] = _Call(key, request)
+            content_hash = _hash(json.dumps(content, sort_keys=True))
+            calls[request.id] = _Call(_hash(f"{content_hash} {repeats[content_hash]}"), request)
+            repeats[content_hash] += 1
         return list(calls.values())
 
     def _count(self, outcome: Reply | Failure, source: str) -> None:

@@ -19,7 +19,7 @@ MANNERS_WEIGHT = 0.5
 PLAINNESS_WEIGHT = 0.3
 FORM_WEIGHT = 0.2
 
-MANNERS_BY_KINDNESS = (0.2, 0.8, 1.0)
+MANNERS_BY_KINDNESS = (0.2, 0.9, 1.0)
 """Manners of an answer without a rude word, by its number of kind phrases: one is nearly enough."""
 
 KIND = ("sure", "gladly", "of course", "happy to", "hope that helps", "please", "thanks")

@@ -8,6 +8,7 @@ would send paid calls again without the ledger knowing.  asyncio stays in here, 
 import asyncio
 import logging
 import os
+import sys
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from itertools import islice
 from queue import SimpleQueue
 from threading import Thread
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 from starling.base.errors import InputError
 from starling.base.seeding import python_generator
@@ -34,12 +35,10 @@ LONGEST_WAIT_SECONDS = 300.0
 
 
 @dataclass(frozen=True)
-class Limits:
-    """How hard an endpoint may be asked."""
-
-    concurrency: int = 16
-    timeout_seconds: float = 100.0
-    retries: int = 5
+class _Limits:
+    concurrency: int
+    timeout_seconds: float
+    retries: int
 
 
 class Endpoint:
@@ -72,7 +71,7 @@ class Endpoint:
         self.model = model
         self._api_key_env = api_key_env
         self._api_key = _read_key(api_key_env)
-        self._limits = Limits(concurrency, timeout_seconds, retries)
+        self._limits = _Limits(concurrency, timeout_seconds, retries)
         self._limit_name = "max_tokens"
         self._has_warned_of_mode = False
 
@@ -205,7 +204,7 @@ class _LoopThread:
         call = self._endpoint.ask(self._client, request)
         asyncio.run_coroutine_threadsafe(call, self._loop).add_done_callback(done.put)
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "_LoopThread":
         self._thread.start()
         return self
 
@@ -215,14 +214,15 @@ class _LoopThread:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        if sys.is_finalizing():
+            return  # An iterator left open until now: the thread is gone, and waiting has no end.
         asyncio.run_coroutine_threadsafe(self._shut_down(), self._loop).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
 
     async def _shut_down(self) -> None:
-        calls = asyncio.all_tasks() - {asyncio.current_task()}
-        for call in calls:
+        for call in (calls := asyncio.all_tasks() - {asyncio.current_task()}):
             call.cancel()
         await asyncio.gather(*calls, return_exceptions=True)
         await self._client.close()

@@ -7,7 +7,7 @@ says why there are two.
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from starling.data.records import FinishReason, Message
 
@@ -48,6 +48,7 @@ class Sample:
     weight_version: int
 
 
+@runtime_checkable
 class Engine(Protocol):
     """Samples responses with the weights it was last given."""
 
@@ -99,6 +100,7 @@ class Failure:
     reason: str
 
 
+@runtime_checkable
 class Responder(Protocol):
     """Answers conversations: a local model, an endpoint, a rubric, a recording of one of them."""
 

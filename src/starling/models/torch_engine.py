@@ -152,6 +152,11 @@ class TorchEngine:
     def _check_lengths(self, batch: Sequence[GenerationRequest]) -> None:
         limit = getattr(self.model.config, "max_position_embeddings", None)
         for request in batch:
+            if request.sampling.max_tokens < 1:
+                raise ValueError(
+                    f"request {request.id}: max_tokens is {request.sampling.max_tokens}; a sample "
+                    "has at least one token"
+                )
             needed = len(request.prompt_ids) + request.sampling.max_tokens
             if limit is not None and needed > limit:
                 raise DataError(

@@ -8,7 +8,7 @@ from starling.base.errors import DataError
 from starling.base.jsonl import read_records
 from starling.base.seeding import permutation
 from starling.data.chat import ChatCodec
-from starling.data.records import Prompt
+from starling.data.records import Message, Prompt
 from starling.models.local import trim_turns
 from starling.ppo.config import PpoInputs, PpoSection
 
@@ -25,25 +25,33 @@ def load_prompts(
     """
     quarantine = out / "quarantine.jsonl"
     prompts = read_records(inputs.prompts, Prompt, quarantine=quarantine)
+    prompts = _fitting(prompts, section, codec, inputs.prompts)
     if inputs.validation is None:
-        apart = set(
-            permutation(len(prompts), seed, "ppo/validation", 0)[: section.validation_prompts]
-        )
-        held_out = [prompt for i, prompt in enumerate(prompts) if i in apart]
-        prompts = [prompt for i, prompt in enumerate(prompts) if i not in apart]
+        candidates = _distinct(prompts)
+        order = permutation(len(candidates), seed, "ppo/validation", 0)
+        apart = set(order[: section.validation_prompts])
+        held_out = [prompt for i, prompt in enumerate(candidates) if i in apart]
     else:
         held_out = read_records(inputs.validation, Prompt, quarantine=quarantine)
         held_out = held_out[: section.validation_prompts]
+        held_out = _distinct(_fitting(held_out, section, codec, inputs.validation))
+    # Compared as they were trimmed: prompts that differ only in what is cut are the same here.
     validated = {prompt.messages for prompt in held_out}
     training = [prompt for prompt in prompts if prompt.messages not in validated]
-    training = _fitting(training, section, codec, inputs.prompts)
-    held_out = _fitting(held_out, section, codec, inputs.validation or inputs.prompts)
     if not training or len(held_out) < 2:
         raise DataError(
             f"{inputs.prompts}: {len(training)} training and {len(held_out)} validation prompts "
             "are left; give more prompts, or lower ppo.validation_prompts"
         )
     return training, tuple(held_out)
+
+
+def _distinct(prompts: Sequence[Prompt]) -> list[Prompt]:
+    """The first prompt of each text: the judge is asked about each once."""
+    first: dict[tuple[Message, ...], Prompt] = {}
+    for prompt in prompts:
+        first.setdefault(prompt.messages, prompt)
+    return list(first.values())
 
 
 def _fitting(

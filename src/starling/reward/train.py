@@ -130,7 +130,8 @@ def _scores(reward_model: RewardModel, rows: Sequence[RankedRow]) -> list[list[f
 def _normalised(reward_model: RewardModel, rows: Sequence[RankedRow]) -> RewardModel:
     """Store the mean and deviation of the held-out answers' scores, so that they are 0 and 1."""
     values = torch.tensor([score for row in _scores(reward_model, rows) for score in row])
-    std = float(values.std(correction=0))
-    if not std > 0:
+    mean, std = float(values.mean()), float(values.std(correction=0))
+    # Equal scores differ by their rounding; dividing by that would make noise a reward.
+    if not std > 1e-5 * max(1.0, abs(mean)):
         raise DataError("the reward model gives every held-out answer the same score")
-    return dataclasses.replace(reward_model, mean=float(values.mean()), std=std)
+    return dataclasses.replace(reward_model, mean=mean, std=std)

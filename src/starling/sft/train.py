@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 from starling.base.context import Context
 from starling.base.errors import DataError, RecipeError
 from starling.base.jsonl import read_records
@@ -75,6 +77,11 @@ def run(section: SftSection, inputs: SftInputs, out: Path, context: Context) -> 
             hidden = hidden_states(model, batch.token_ids)
             logprobs = token_logprobs(model, hidden, batch.token_ids, mask)
             loss = -masked_mean(logprobs, mask)
+            if not torch.isfinite(loss):
+                raise DataError(
+                    f"the loss is {loss.item()} at step {step + 1}; lower sft.lr, or look at the "
+                    "weights of sft.base"
+                )
             loss.backward()
             grad_norm = trainable.step(step)
             loss_value = loss.item()

@@ -1,0 +1,172 @@
+"""What a run folder tells: only its files are read, and what is not there is None or empty.
+
+Gold on validation prompts is graded here, after the fact: training and selection never saw it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from starling.base.errors import DataError
+from starling.base.estimate import Estimate, bootstrap_mean
+from starling.base.jsonl import parse_json, read_json
+from starling.base.strict_yaml import parse_yaml
+from starling.judging.rubric import Checks, grade
+from starling.manifest import read_manifest
+from starling.recipe import STAGES
+
+BEFORE, AFTER = "sft", "ppo"
+"""The names of the two policies in scores.json and answers.jsonl."""
+
+
+@dataclass(frozen=True)
+class StageNote:
+    """A stage's sentence, with a path inside the run; `seconds` and `started` are the clock's."""
+
+    name: str
+    sentence: str | None
+    seconds: float | None = None
+    started: str | None = None
+
+
+@dataclass(frozen=True)
+class ValidationPoint:
+    """One validated policy; `kl` in nats per sequence, `score` normalised, `gold` in 0..1."""
+
+    step: int
+    kl: Estimate
+    score: Estimate
+    gold: Estimate | None
+    rating: Estimate | None
+
+
+class Example(NamedTuple):
+    """The rows of answers.jsonl that answer one question, before and after."""
+
+    before: dict[str, Any]
+    after: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder, read."""
+
+    recipe: dict[str, Any]
+    summary: dict[str, Any]
+    stages: tuple[StageNote, ...]
+    ppo_metrics: tuple[dict[str, Any], ...]
+    validations: tuple[ValidationPoint, ...]
+    audit: dict[str, Any] | None
+    examples: tuple[Example, ...]
+
+    def figures(self, stage: str) -> dict[str, Any]:
+        """The stage's part of summary.json; {} when it has none."""
+        return self.summary.get(stage, {})
+
+    @property
+    def selected(self) -> ValidationPoint | None:
+        """The validation of the checkpoint that was kept."""
+        step = self.figures("ppo").get("selected_step")
+        return next((point for point in self.validations if point.step == step), None)
+
+    @property
+    def is_demo(self) -> bool:
+        """Whether the judge is a rule, so that gold comes from the same rule without its noise."""
+        return (self.recipe.get("judge") or {}).get("kind") == "rubric"
+
+
+def read_run(folder: Path) -> Run:
+    """Read what is there. Raises DataError for a folder without a run, and for damaged files."""
+    present = any((folder / name).exists() for name in ("summary.json", "recipe.yaml", *STAGES))
+    if not present:
+        raise DataError(
+            f"{folder} is no run folder: it holds no summary.json, no recipe.yaml and no stage. "
+            "`starling demo` makes one in runs/demo."
+        )
+    recipe = _recipe(folder / "recipe.yaml")
+    audit_path = folder / "feedback" / "audit.json"
+    summary_path = folder / "summary.json"
+    return Run(
+        recipe=recipe,
+        summary=read_json(summary_path) if summary_path.is_file() else {},
+        stages=tuple(_stage_note(folder, name) for name in STAGES),
+        ppo_metrics=tuple(_rows(folder / "ppo" / "metrics.jsonl")),
+        validations=_validations(folder / "ppo" / "validation", seed=recipe.get("seed", 0)),
+        audit=read_json(audit_path) if audit_path.is_file() else None,
+        examples=tuple(_examples(_rows(folder / "bench" / "answers.jsonl"))),
+    )
+
+
+def as_estimate(figure: Any) -> Estimate | None:
+    """An estimate from its form in JSON; None where there is none."""
+    return Estimate(**{key: figure[key] for key in Estimate.__match_args__}) if figure else None
+
+
+def _recipe(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        value = parse_yaml(path.read_text(encoding="utf-8")).value
+    except ValueError as error:
+        raise DataError(f"{path} is damaged: {error}. Run the recipe again.") from error
+    return value if isinstance(value, dict) else {}
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        return []
+    rows = []
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        try:
+            rows.append(parse_json(line))
+        except ValueError as error:
+            raise DataError(
+                f"{path}, line {number}: {error}. Run the stage again to have it made anew."
+            ) from error
+    return rows
+
+
+def _stage_note(folder: Path, name: str) -> StageNote:
+    manifest = read_manifest(folder / name)
+    if manifest is None:
+        return StageNote(name, None)
+    # The path is the one of the machine that ran; the same run elsewhere must read the same.
+    text, arrow, target = manifest["summary"]["sentence"].rpartition(" -> ")
+    sentence = f"{text} -> {name}/{Path(target).name}" if arrow else target
+    return StageNote(name, sentence, manifest["seconds"], manifest["started"])
+
+
+def _validations(folder: Path, *, seed: int) -> tuple[ValidationPoint, ...]:
+    paths = sorted(folder.glob("step-*.jsonl"))
+    named = [(int(path.stem.removeprefix("step-")), _rows(path)) for path in paths]
+    return tuple(_point(step, rows, seed) for step, rows in named if rows)
+
+
+def _point(step: int, rows: Sequence[dict[str, Any]], seed: int) -> ValidationPoint:
+    ratings = [row["rating"] for row in rows if row.get("rating") is not None]
+    golds = [_gold(row) for row in rows if row.get("checks") is not None]
+    num_unrated = len(rows) - len(ratings)
+    return ValidationPoint(
+        step=step,
+        kl=bootstrap_mean([row["kl"] for row in rows], seed=seed),
+        score=bootstrap_mean([row["score"] for row in rows], seed=seed),
+        gold=bootstrap_mean(golds, seed=seed) if len(golds) == len(rows) else None,
+        rating=bootstrap_mean(ratings, seed=seed, num_failed=num_unrated) if ratings else None,
+    )
+
+
+def _gold(row: dict[str, Any]) -> float:
+    checks = Checks.model_validate(row["checks"])
+    return grade(checks, row["answer"], finished=row["finished"]).total
+
+
+def _examples(rows: Sequence[dict[str, Any]]) -> list[Example]:
+    """The first question of each category, as both policies answered it when sampled."""
+    first: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in rows:
+        if row["decoding"] == "sampled" and row["turn"] == 1 and row["policy"] in (BEFORE, AFTER):
+            sides = first.setdefault(row["category"], {})
+            if all(side["id"] == row["id"] for side in sides.values()):
+                sides[row["policy"]] = row
+    return [Example(sides[BEFORE], sides[AFTER]) for sides in first.values() if len(sides) == 2]

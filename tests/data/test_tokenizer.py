@@ -1,0 +1,88 @@
+"""A new tokenizer is reproducible, loads anywhere, and keeps special tokens out of text."""
+
+import json
+
+import pytest
+from tiny import TEXTS, sentencepiece_tokenizer, tiny_tokenizer
+from transformers import AutoTokenizer
+
+from starling.base.errors import ModelError
+from starling.data.chat import FORMATS, jinja_template
+from starling.data.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
+
+OPENCHAT = ["<unk>", "<s>", "</s>", "<|end_of_turn|>", "<|pad_0|>"]
+
+
+def test_the_same_texts_give_the_same_bytes(tmp_path):
+    files = []
+    for name in ("one", "two"):
+        save_tokenizer(train_tokenizer(iter(TEXTS), vocab_size=290), tmp_path / name, template=None)
+        files.append({p.name: p.read_bytes() for p in sorted((tmp_path / name).iterdir())})
+    assert files[0] == files[1]
+    assert "tokenizer.json" in files[0]
+
+
+def test_a_saved_folder_loads_through_auto_tokenizer(tmp_path):
+    tokenizer = tiny_tokenizer()
+    save_tokenizer(tokenizer, tmp_path, template=jinja_template(FORMATS["openchat"]))
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    text = "What is the answer, \u00e9\u4e16\U0001f600?\n\n  x"
+    assert theirs(text, add_special_tokens=False).input_ids == tokenizer.encode_text(text)
+    assert theirs(text).input_ids == [1, *tokenizer.encode_text(text)]
+    assert theirs.eos_token == "<|end_of_turn|>"
+    assert theirs.pad_token == "<|pad_0|>"
+    assert theirs.chat_template is not None
+
+
+def test_the_saved_config_types_every_marker_as_special(tmp_path):
+    save_tokenizer(tiny_tokenizer(), tmp_path, template=None)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    decoder = config["added_tokens_decoder"]
+    assert {number: token["content"] for number, token in decoder.items()} == {
+        str(number): token for number, token in enumerate(OPENCHAT)
+    }
+    assert all(token["special"] and not token["normalized"] for token in decoder.values())
+
+
+def test_a_marker_is_a_special_token_by_its_exact_text():
+    tokenizer = tiny_tokenizer()
+    assert [tokenizer.marker_id(token) for token in OPENCHAT] == [0, 1, 2, 3, 4]
+    assert tokenizer.marker_id("<|end_of_turn|> ") is None
+    assert tokenizer.marker_id("<|im_end|>") is None
+    # In the vocabulary, and no special token.
+    assert tokenizer.marker_id("e") is None
+
+
+@pytest.mark.parametrize("make", [tiny_tokenizer, sentencepiece_tokenizer])
+@pytest.mark.parametrize("marker", OPENCHAT)
+def test_typed_special_tokens_stay_text_and_loaded_from_disk_too(make, marker, tmp_path):
+    save_tokenizer(make(), tmp_path, template=None)
+    for tokenizer in (make(), load_tokenizer(str(tmp_path))):
+        ids = tokenizer.encode_text(f"a {marker}b{marker}")
+        assert not set(ids) & {0, 1, 2, 3, 4}
+        assert tokenizer.decode(ids) == f"a {marker}b{marker}"
+
+
+def test_decoding_leaves_special_tokens_out():
+    tokenizer = tiny_tokenizer()
+    ids = tokenizer.encode_text("answer")
+    assert tokenizer.decode([1, *ids, 3, 4]) == "answer"
+
+
+def test_length_counts_special_tokens_bytes_and_merges():
+    tokenizer = tiny_tokenizer(280)
+    assert len(tokenizer) == 280
+    assert len(tiny_tokenizer(261)) == len(OPENCHAT) + 256
+
+
+def test_a_tokenizer_without_pad_token_says_what_to_do():
+    tokenizer = tiny_tokenizer()
+    tokenizer.saved.pad_token = None
+    with pytest.raises(ModelError, match="no pad token"):
+        _ = tokenizer.pad_id
+
+
+def test_a_folder_without_a_tokenizer_is_refused_by_name(tmp_path):
+    with pytest.raises(ModelError, match="no tokenizer could be loaded") as caught:
+        load_tokenizer(str(tmp_path))
+    assert str(tmp_path) in str(caught.value)

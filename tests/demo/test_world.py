@@ -1,0 +1,148 @@
+"""The small world: the same bytes per seed, disjoint files, and habits that leave room to learn."""
+
+import json
+from collections import Counter, defaultdict
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+
+from starling.data.records import Conversation, Prompt, Question
+from starling.demo.tasks import CATEGORIES, Turn
+from starling.demo.world import HABIT_SHARE, VOICES, Sizes, say, shared_texts, write_world
+from starling.judging.rubric import Checks, Grade, grade
+
+SMALL = Sizes(bench=32, validation=32, prompts=64, ppo=64, sft=320)
+FILES = ("bench", "validation", "prompts", "ppo", "sft")
+NAMES = [category.__name__ for category in CATEGORIES]
+
+
+def rows(folder: Path, name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / f"{name}.jsonl").read_text("utf-8").splitlines()]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("world")
+    write_world(out, seed=0, sizes=SMALL)
+    return out
+
+
+def test_the_same_seed_writes_the_same_bytes_and_another_does_not(world: Path, tmp_path: Path):
+    write_world(tmp_path / "again", seed=0, sizes=SMALL)
+    write_world(tmp_path / "other", seed=1, sizes=SMALL)
+    for name in FILES:
+        first = (world / f"{name}.jsonl").read_bytes()
+        assert (tmp_path / "again" / f"{name}.jsonl").read_bytes() == first
+        assert (tmp_path / "other" / f"{name}.jsonl").read_bytes() != first
+
+
+def test_a_file_keeps_its_bytes_when_a_later_one_grows(world: Path, tmp_path: Path):
+    write_world(tmp_path, seed=0, sizes=Sizes(32, 32, 64, 64, sft=640))
+    for name in FILES[:-1]:
+        assert (tmp_path / f"{name}.jsonl").read_bytes() == (world / f"{name}.jsonl").read_bytes()
+
+
+def test_no_user_text_stands_twice_at_the_default_sizes(tmp_path: Path):
+    write_world(tmp_path, seed=0)
+    assert shared_texts(tmp_path / f"{name}.jsonl" for name in FILES) == set()
+
+
+def test_a_shared_text_is_found_whatever_its_case_and_spacing(world: Path, tmp_path: Path):
+    asked = rows(world, "bench")[0]["turns"][1]
+    copy = {"messages": [{"role": "user", "content": f" {asked.upper()}"}]}
+    (tmp_path / "copy.jsonl").write_text(json.dumps(copy) + "\n", encoding="utf-8")
+    assert len(shared_texts([world / "bench.jsonl", tmp_path / "copy.jsonl"])) == 1
+
+
+def test_too_large_a_world_is_refused(tmp_path: Path):
+    with pytest.raises(ValueError, match="too few different prompts"):
+        write_world(tmp_path, seed=0, sizes=Sizes(bench=100_000))
+
+
+def test_every_row_is_a_valid_record_with_its_category_equally_often(world: Path):
+    kinds = {"bench": Question, "sft": Conversation}
+    for name in FILES:
+        records = rows(world, name)
+        for row in records:
+            kinds.get(name, Prompt).model_validate(row)
+        count = Counter(row["category"] for row in records)
+        assert count == dict.fromkeys(NAMES, len(records) // len(NAMES))
+        assert len({row["id"] for row in records}) == len(records)
+
+
+def test_prompts_are_half_one_turn_and_half_two_in_every_category(world: Path):
+    turns = Counter((row["category"], len(row["messages"])) for row in rows(world, "ppo"))
+    assert turns == {(name, length): 4 for name in NAMES for length in (1, 3)}
+
+
+def test_the_right_answer_is_right_and_a_wrong_habit_is_not():
+    for category in CATEGORIES:
+        random = Random(f"right/{category.__name__}")
+        for _ in range(200):
+            for turn in category(random).turns:
+                right, habit = (grade(turn.checks, body) for body in (turn.right, turn.habit))
+                assert right.correctness == 1.0
+                assert habit.correctness < 1.0 or turn.habit.split() == turn.right.split()
+
+
+def test_checks_in_the_files_grade_as_they_were_written(world: Path):
+    for row in rows(world, "bench"):
+        for checks in row["checks"]:
+            phrases = " ".join(checks["contains_all"])
+            assert grade(Checks.model_validate(checks), phrases).correctness == 1.0
+
+
+def sft_like_grades(num_tasks: int) -> dict[str, list[Grade]]:
+    grades: dict[str, list[Grade]] = defaultdict(list)
+    random = Random("habits")
+    for category in CATEGORIES:
+        for _ in range(num_tasks):
+            for turn in category(random).turns:
+                answer = say(turn, category.__name__, random)
+                grades[category.__name__].append(grade(turn.checks, answer))
+    return grades
+
+
+def test_no_part_is_bad_in_more_than_three_fifths_of_a_category():
+    for category, grades in sft_like_grades(1000).items():
+        for part in Grade._fields:
+            bad = sum(getattr(one, part) < 0.5 for one in grades) / len(grades)
+            assert bad <= 0.6, (category, part, bad)
+
+
+def test_the_commonest_voice_is_not_the_best_and_the_best_is_not_rare():
+    checks = Checks(contains_all=("tin",), max_words=7)
+    turn = Turn("?", right="it is tin", habit="it is tin", checks=checks)
+    styles = []
+    for voice in VOICES:
+        said = [w.format(body=turn.right, Body=turn.right.capitalize()) for w in voice.wordings]
+        styles.append(sum(grade(checks, one).style for one in said) / len(said))
+    shares = [voice.share for voice in VOICES]
+    best = max(range(len(VOICES)), key=styles.__getitem__)
+    assert sum(shares) == pytest.approx(1.0)
+    assert 0.2 <= shares[best] < max(shares)
+    assert styles[shares.index(max(shares))] < 0.5 < 0.9 < styles[best]
+
+
+def test_habits_prevail_in_several_categories_but_never_crowd_out_the_right_answer():
+    assert set(HABIT_SHARE) == set(NAMES)
+    assert sum(share > 0.5 for share in HABIT_SHARE.values()) >= 4
+    assert max(HABIT_SHARE.values()) <= 0.58
+
+
+def test_random_answers_to_one_prompt_seldom_tie_and_length_hardly_tells_them_apart():
+    random = Random("pairs")
+    ties, shorter_wins = [], []
+    for number in range(4000):
+        category = CATEGORIES[number % len(CATEGORIES)]
+        turn = category(random).turns[0]
+        answers = [say(turn, category.__name__, random) for _ in range(2)]
+        first, second = (grade(turn.checks, answer).total for answer in answers)
+        ties.append(abs(first - second) < 0.02)
+        lengths = [len(answer) for answer in answers]
+        if not ties[-1] and lengths[0] != lengths[1]:
+            shorter_wins.append((first > second) == (lengths[0] < lengths[1]))
+    assert sum(ties) / len(ties) < 0.15
+    assert 0.35 < sum(shorter_wins) / len(shorter_wins) < 0.65

@@ -1,0 +1,263 @@
+"""Token logprobs against transformers' own forward, and folders that cannot be used.
+
+Expected logprobs come from one unpadded row at a time through the causal LM itself, with the shift
+to the next token written out by hand.
+"""
+
+import json
+import shutil
+
+import pytest
+import torch
+from tiny import SHAPE, eleven_token_model, tiny_policy, tiny_tokenizer
+from torch.testing import assert_close
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from starling.base.errors import DataError, ModelError
+from starling.base.hashing import hash_tree
+from starling.models import causal_lm
+from starling.models.causal_lm import (
+    Batch,
+    hidden_states,
+    load_language_model,
+    new_language_model,
+    padded_mask,
+    predicting_states,
+    save_model,
+    token_logprobs,
+)
+
+ROWS = [[1, 5, 3, 9, 2, 7], [1, 8], [1, 4, 4, 10, 6]]
+MASKS = [[False, False, True, True, False, True], [False, True], [True, False, True, True, True]]
+PAD = 0
+
+
+@pytest.fixture(scope="module")
+def model():
+    return eleven_token_model()
+
+
+def naive_logprobs(model, ids, temperature=1.0):
+    """log p of each token but the first, one row, no padding, all logits at once."""
+    logits = model(torch.tensor([ids])).logits[0].double() / temperature
+    distribution = torch.log_softmax(logits, dim=-1)
+    return [None] + [distribution[t - 1, ids[t]] for t in range(1, len(ids))]
+
+
+def ours(model, rows, masks, extra=0, **options):
+    width = max(len(row) for row in rows) + extra
+    token_ids = torch.tensor([[*row, *[PAD] * (width - len(row))] for row in rows])
+    mask = torch.tensor([[*row, *[False] * (width - len(row))] for row in masks])
+    hidden = hidden_states(model, token_ids)
+    return token_logprobs(model, hidden, token_ids, mask, **options)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 2.5])
+def test_logprobs_are_those_of_a_naive_full_forward(model, temperature):
+    found = ours(model, ROWS, MASKS, temperature=temperature)
+    assert found.dtype == torch.float32
+    for row, (ids, mask) in enumerate(zip(ROWS, MASKS, strict=True)):
+        expected = naive_logprobs(model, ids, temperature)
+        for t in range(found.shape[1]):
+            # Token 0 has nothing before it: no prediction, and the zero state gives log(1/V).
+            if t < len(ids) and mask[t] and t > 0:
+                assert_close(found[row, t].double(), expected[t], rtol=1e-5, atol=1e-5)
+            elif t >= len(ids) or not mask[t]:
+                assert found[row, t] == 0
+
+
+def test_extra_padding_on_the_right_changes_nothing(model):
+    plain = ours(model, ROWS, MASKS)
+    padded = ours(model, ROWS, MASKS, extra=5)
+    assert_close(padded[:, : plain.shape[1]], plain)
+    assert not padded[:, plain.shape[1] :].any()
+
+
+def gradients(model, loss):
+    model.zero_grad(set_to_none=True)
+    loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("logit_rows", [1, 3, 4096])
+def test_the_gradient_in_chunks_is_that_of_cross_entropy(model, monkeypatch, logit_rows):
+    monkeypatch.setattr(causal_lm, "LOGIT_ROWS", logit_rows)
+    ids = [1, 5, 3, 9, 2, 7, 4]
+    found = gradients(model, -ours(model, [ids], [[False, *[True] * 6]]).sum())
+    logits = model(torch.tensor([ids])).logits[0]
+    expected = gradients(
+        model,
+        torch.nn.functional.cross_entropy(logits[:-1], torch.tensor(ids[1:]), reduction="sum"),
+    )
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        # Sums of products in another order, on gradients of size 100.
+        assert_close(found[name], gradient, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_chunks_give_the_same_logprobs_without_a_gradient_too(model, monkeypatch):
+    whole = ours(model, ROWS, MASKS, temperature=0.7)
+    monkeypatch.setattr(causal_lm, "LOGIT_ROWS", 2)
+    assert_close(ours(model, ROWS, MASKS, temperature=0.7), whole)
+
+
+def test_a_mask_that_keeps_nothing_gives_zeros(model):
+    assert not ours(model, [[1, 2]], [[False, False]]).any()
+
+
+def test_bfloat16_weights_still_give_float32_logprobs():
+    model = eleven_token_model().bfloat16()
+    found = ours(model, ROWS, MASKS)
+    assert found.dtype == torch.float32
+    head = model.get_output_embeddings()
+    hidden = hidden_states(model, torch.tensor([ROWS[2]]))
+    expected = torch.log_softmax(head(hidden[0, 3]).float(), -1)[ROWS[2][4]]
+    assert_close(found[2, 4], expected, rtol=1.6e-2, atol=1e-2)
+
+
+@torch.no_grad()
+def test_editing_a_token_changes_the_states_after_it_and_not_its_own(model):
+    ids = torch.tensor([[1, 5, 3, 9, 2, 7]])
+    edited = ids.clone()
+    edited[0, 3] = 8
+    before, after = (predicting_states(hidden_states(model, tokens)) for tokens in (ids, edited))
+    assert torch.equal(before[:, :4], after[:, :4])
+    assert not torch.isclose(before[:, 4:], after[:, 4:]).all(dim=-1).any()
+    assert not before[:, 0].any()
+    # The state for token 1 is the backbone's after token 0.
+    assert torch.equal(before[:, 1], hidden_states(model, ids)[:, 0])
+
+
+def test_a_batch_is_padded_on_the_right_and_knows_its_lengths():
+    batch = Batch([[7, 8, 9], [7]], 4)
+    assert batch.token_ids.tolist() == [[7, 8, 9], [7, 4, 4]]
+    assert batch.lengths.tolist() == [3, 1]
+    assert padded_mask([[True], [False, True]]).tolist() == [[True, False], [False, True]]
+
+
+def test_a_new_model_follows_its_seed_and_leaves_the_global_generator_alone():
+    state = torch.get_rng_state()
+    one, same, other = (tiny_policy(seed).model.state_dict() for seed in (3, 3, 4))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(one[name], same[name]) for name in one)
+    assert not torch.equal(one["model.embed_tokens.weight"], other["model.embed_tokens.weight"])
+
+
+def test_a_new_model_has_the_shape_asked_for_and_tied_embeddings():
+    model = new_language_model(SHAPE | {"max_length": 99}, tiny_tokenizer(), "openchat", seed=0)
+    config = model.model.config
+    assert (config.hidden_size, config.num_hidden_layers, config.vocab_size) == (32, 2, 300)
+    assert (config.max_position_embeddings, config.intermediate_size) == (99, 48)
+    assert (config.num_attention_heads, config.num_key_value_heads) == (4, 2)
+    embedding, head = model.model.get_input_embeddings(), model.model.get_output_embeddings()
+    assert embedding.weight is head.weight
+    assert not model.model.training
+
+
+def test_a_saved_model_loads_in_transformers_with_equal_weights(policy_folder):
+    theirs = AutoModelForCausalLM.from_pretrained(policy_folder)
+    ours = tiny_policy().model
+    for name, tensor in ours.state_dict().items():
+        assert torch.equal(theirs.state_dict()[name], tensor), name
+    assert theirs.generation_config.eos_token_id == [3]
+    assert theirs.generation_config.pad_token_id == 4
+    assert theirs.generation_config.bos_token_id == 1
+
+
+def test_a_loaded_model_speaks_the_format_it_was_saved_with(policy_folder):
+    loaded = load_language_model(str(policy_folder))
+    assert loaded.codec.format.name == "openchat"
+    assert loaded.codec.stop_ids == {3}
+    assert loaded.model.dtype == torch.float32
+    assert not loaded.model.training
+    assert load_language_model(str(policy_folder), chat_format="plain").codec.format.name == "plain"
+
+
+def test_every_stop_of_the_generation_config_is_heeded(policy_folder, copied):
+    edit_json(copied / "generation_config.json", eos_token_id=[2, 3])
+    assert load_language_model(str(copied)).codec.stop_ids == {2, 3}
+    (copied / "generation_config.json").unlink()
+    assert load_language_model(str(copied)).codec.stop_ids == {3}
+
+
+@pytest.fixture
+def copied(policy_folder, tmp_path):
+    return shutil.copytree(policy_folder, tmp_path / "copy")
+
+
+def edit_json(path, **changes):
+    content = json.loads(path.read_text())
+    content |= changes
+    path.write_text(json.dumps({k: v for k, v in content.items() if v is not None}))
+
+
+def test_a_failed_save_leaves_the_earlier_model_whole(copied, monkeypatch):
+    before = hash_tree(copied)
+    loaded = tiny_policy(1)
+
+    def disk_full(*args, **options):
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(causal_lm, "save_tokenizer", disk_full)
+        with pytest.raises(OSError, match="no space"):
+            save_model(copied, loaded.model, loaded.codec)
+    assert hash_tree(copied) == before
+    # What the failed save left behind does not disturb the next.
+    save_model(copied, loaded.model, loaded.codec)
+    assert hash_tree(copied) != before
+    assert [path.name for path in copied.parent.iterdir()] == [copied.name]
+
+
+def test_a_missing_folder_is_refused_by_name(tmp_path):
+    with pytest.raises(ModelError, match=r"absent: no usable config\.json"):
+        load_language_model(str(tmp_path / "absent"))
+
+
+def test_truncated_weights_are_refused(copied):
+    weights = copied / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
+    with pytest.raises(ModelError, match="the weights cannot be read"):
+        load_language_model(str(copied))
+
+
+def test_pickled_weights_are_refused_and_not_opened(copied):
+    (copied / "model.safetensors").rename(copied / "pytorch_model.bin")
+    with pytest.raises(ModelError, match=r"only pytorch_model\.bin, which are pickles"):
+        load_language_model(str(copied))
+
+
+def test_a_folder_without_weights_is_refused(copied):
+    (copied / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match="found no weights"):
+        load_language_model(str(copied))
+
+
+def test_a_config_that_is_no_json_is_refused(copied):
+    (copied / "config.json").write_text("{")
+    with pytest.raises(ModelError, match=r"no usable config\.json"):
+        load_language_model(str(copied))
+
+
+def test_a_tokenizer_larger_than_the_embedding_is_refused(copied):
+    tiny_tokenizer(305).saved.save_pretrained(copied)
+    with pytest.raises(ModelError, match="305 entries and the embedding 300 rows"):
+        load_language_model(str(copied))
+
+
+def test_a_model_whose_format_nothing_shows_is_refused_until_it_is_named(copied):
+    edit_json(copied / "config.json", starling_chat_format=None)
+    # The end marker among the special tokens shows it.
+    assert load_language_model(str(copied)).codec.format.name == "openchat"
+    backend = json.loads((copied / "tokenizer.json").read_text())
+    text = json.dumps(backend).replace("<|end_of_turn|>", "<|fim|>")
+    (copied / "tokenizer.json").write_text(text)
+    renamed = (copied / "tokenizer_config.json").read_text().replace("<|end_of_turn|>", "<|fim|>")
+    (copied / "tokenizer_config.json").write_text(renamed)
+    assert "<|fim|>" in PreTrainedTokenizerFast.from_pretrained(copied).get_vocab()
+    with pytest.raises(ModelError, match="chat format is not known; set chat_format to one of"):
+        load_language_model(str(copied))
+    assert load_language_model(str(copied), chat_format="plain").codec.end_id == 3
+    with pytest.raises(DataError, match=r"needs the special tokens <\|end_of_turn\|>"):
+        load_language_model(str(copied), chat_format="openchat")

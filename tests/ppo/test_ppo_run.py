@@ -1,0 +1,195 @@
+"""The whole stage on a task with a known optimum: say one letter, and only that."""
+
+import json
+
+import pytest
+import torch
+
+from starling.base.context import single_process_context
+from starling.base.jsonl import write_records
+from starling.judging.config import JudgeSection
+from starling.models.causal_lm import load_language_model
+from starling.models.reward_model import RewardModel
+from starling.ppo.config import PpoInputs, PpoSection
+from starling.ppo.train import run
+from starling.sft.config import Architecture, SftInputs, SftSection
+from starling.sft.train import run as run_sft
+from tiny import tiny_policy_folder, tiny_reward_folder
+
+SMALL = Architecture(
+    vocab_size=300, hidden_size=32, intermediate_size=64, layers=2, heads=2, kv_heads=1
+)
+TOY = {
+    "steps": 16,
+    "rollout_batch": 16,
+    "samples_per_prompt": 2,
+    "ppo_epochs": 2,
+    "max_response_tokens": 10,
+    "lr": 3e-3,
+    "kl_coef": 0.02,
+    "validation_prompts": 16,
+    "select_every": 4,
+    "microbatch": 32,
+}
+
+
+class LetterCount(RewardModel):
+    """Scores an answer by its share of the letter a."""
+
+    def score(self, items):
+        texts = [item.messages[-1].content.replace(" ", "") for item in items]
+        return torch.tensor([text.count("a") / max(1, len(text)) for text in texts])
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory):
+    path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
+    rows = [
+        {
+            "id": f"p{number}",
+            "messages": [{"role": "user", "content": f"say {number}"}],
+            "checks": {"contains_any": ["a"], "excludes": ["b"]},
+        }
+        for number in range(48)
+    ]
+    write_records(path, rows)
+    return path
+
+
+@pytest.fixture(scope="module")
+def speller(tmp_path_factory):
+    """A policy that answers with four letters, each a or b with even chances."""
+    folder = tmp_path_factory.mktemp("speller")
+    rng = torch.Generator().manual_seed(0)
+    rows = []
+    for number in range(256):
+        letters = ["ab"[bit] for bit in torch.randint(0, 2, (4,), generator=rng)]
+        turns = (("user", f"say {number % 48}"), ("assistant", " ".join(letters)))
+        rows.append({"messages": [{"role": role, "content": text} for role, text in turns]})
+    write_records(folder / "sft.jsonl", rows)
+    section = SftSection(
+        conversations="sft.jsonl", architecture=SMALL, steps=50, batch=32, lr=1e-2, warmup_steps=5
+    )
+    run_sft(section, SftInputs(folder / "sft.jsonl", None), folder, single_process_context(1))
+    return folder / "model"
+
+
+@pytest.fixture
+def train(speller, prompts, tmp_path, monkeypatch):
+    """Run the stage with the letter count as reward; returns summary, metrics and folder."""
+    reward = LetterCount(*_parts(speller))
+    monkeypatch.setattr("starling.ppo.train.RewardModel.load", lambda *_, **__: reward)
+
+    def train(judge=None, **settings):
+        section = PpoSection.model_validate(TOY | settings)
+        inputs = PpoInputs(str(speller), prompts, "scripted", None, judge)
+        summary = run(section, inputs, tmp_path, single_process_context(1, seed=0))
+        rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").open()]
+        return summary, rows, tmp_path
+
+    return train
+
+
+def _parts(folder):
+    loaded = load_language_model(str(folder))
+    return loaded.model, loaded.codec
+
+
+def mean(rows, key):
+    return sum(row[key] for row in rows) / len(rows)
+
+
+def test_the_reward_rises_towards_its_optimum_and_the_kl_with_it(train):
+    summary, rows, _ = train()
+    assert mean(rows[:2], "ppo/score") == pytest.approx(0.5, abs=0.15)
+    assert mean(rows[-3:], "ppo/score") > 0.8
+    # The start is its own reference: exactly no KL before the first step, and then some.
+    assert rows[0]["ppo/sequence_kl"] == pytest.approx(0, abs=1e-4)
+    assert mean(rows[-3:], "ppo/sequence_kl") > 0.3
+    assert summary.figures["sequence_kl"]["mean"] > 0.3
+    assert mean(rows, "ppo/sampler_mismatch") < 1e-4
+    assert mean(rows[-3:], "ppo/end_rate") > 0.9
+
+
+def test_a_strong_penalty_holds_the_policy_at_its_start(train):
+    _, rows, _ = train(kl_coef=5.0)
+    assert mean(rows[-3:], "ppo/sequence_kl") < 0.1
+    assert mean(rows[-3:], "ppo/score") < 0.7
+
+
+def test_the_coefficient_follows_the_measured_kl_after_each_update(train):
+    _, rows, _ = train(steps=4, kl_target=2.0, kl_horizon=100, kl_coef=0.02)
+    coefficient = 0.02
+    for row in rows:
+        assert row["ppo/kl_coef"] == pytest.approx(coefficient, rel=1e-6)
+        error = min(max(row["ppo/sequence_kl"] / 2.0 - 1, -0.2), 0.2)
+        coefficient *= 1 + error * 32 / 100
+
+
+def test_a_separate_critic_raises_the_reward_too(train):
+    _, rows, _ = train(critic="separate", steps=12)
+    assert mean(rows[-2:], "ppo/score") > mean(rows[:2], "ppo/score") + 0.15
+
+
+def test_the_checkpoint_that_the_judge_likes_best_is_the_one_that_is_saved(train):
+    judge = JudgeSection(kind="rubric")
+    summary, _, out = train(judge, kl_target=2.0, lr=1.5e-3, select_every=2)
+    print([(v['step'],round(v['kl']['mean'],2),v['rating'],v['response_tokens']) for v in summary.figures['validations']])
+    rounds = summary.figures["validations"]
+    assert [row["step"] for row in rounds] == [0, 2, 4, 6, 8, 10, 12, 14, 16]
+    start = rounds[0]
+    eligible = [
+        row
+        for row in rounds[1:]
+        if 0.5 <= row["kl"]["mean"] <= 1.5
+        and row["response_tokens"] <= 1.1 * start["response_tokens"]
+    ]
+    best = max(eligible, key=lambda row: row["rating"])
+    assert summary.figures["selected_step"] == best["step"]
+    assert summary.figures["sequence_kl"] == best["kl"]
+    assert best["rating"] > start["rating"]
+    # The rating is the mean of the answers kept on disk, and the KL theirs.
+    path = out / "validation" / f"step-{best['step']:06d}.jsonl"
+    kept = [json.loads(line) for line in path.open()]
+    assert len(kept) == 16
+    assert mean(kept, "rating") == pytest.approx(best["rating"])
+    assert mean(kept, "kl") == pytest.approx(best["kl"]["mean"], rel=1e-5)
+    # The saved weights are those of that step: they say the same again.
+    saved = load_language_model(str(out / "model"))
+    assert saved.codec.format.name == "openchat"
+    again = json.loads(
+        (out / "validation" / f"step-{best['step']:06d}.jsonl").read_text().split("\n")[0]
+    )
+    assert again == kept[0]
+
+
+def test_nothing_of_the_validation_prompts_is_trained_on(train, monkeypatch):
+    seen = set()
+    from starling.ppo import train as module
+
+    sample = module.sample_responses
+
+    def spy(engine, codec, batch, *rest, **options):
+        seen.update(prompt.id for prompt in batch)
+        return sample(engine, codec, batch, *rest, **options)
+
+    monkeypatch.setattr(module, "sample_responses", spy)
+    _, _, out = train(steps=4)
+    kept = [json.loads(line)["id"] for line in (out / "validation" / "step-000000.jsonl").open()]
+    assert len(kept) == 16
+    assert len(seen) == 32
+    assert not seen & set(kept)
+
+
+def test_a_run_on_untrained_models_from_disk_ends_with_a_model_that_loads(prompts, tmp_path):
+    policy = tiny_policy_folder(tmp_path / "policy")
+    reward = tiny_reward_folder(tmp_path / "reward", policy, seed=1)
+    section = PpoSection(
+        steps=2, rollout_batch=4, max_response_tokens=4, validation_prompts=4, select_every=1
+    )
+    inputs = PpoInputs(str(policy), prompts, str(reward), None, None)
+    out = tmp_path / "out"
+    summary = run(section, inputs, out, single_process_context(1, seed=0))
+    assert summary.figures["selected_step"] == 2
+    load_language_model(str(out / "model"))
+    assert "+0" not in summary.sentence

@@ -1,0 +1,299 @@
+"""report.html on a small run folder made here: complete, alone, escaped, and the same twice."""
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from starling.base.errors import DataError
+from starling.report.figures import save_figure
+from starling.report.page import write_report
+from starling.report.read import read_run
+
+CATEGORIES = ("math", "writing")
+PERFECT = "Sure, nine. Thanks!"
+EVIL = "<script>alert('x')</script> & \"more\""
+
+
+def estimate(mean: float, n: int = 8) -> dict:
+    return {"mean": mean, "low": mean - 0.11, "high": mean + 0.12, "n": n, "num_failed": 0}
+
+
+def both(before: float, after: float) -> dict:
+    return {"sft": estimate(before), "ppo": estimate(after)}
+
+
+def bench_figures(shift: float) -> dict:
+    return {
+        "gold": both(0.4 + shift, 0.7 + shift),
+        "gold_greedy": both(0.5 + shift, 0.8 + shift),
+        "score": both(4.3 + shift, 7.4 + shift),
+        "tokens_per_answer": both(15.2 + shift, 13.7 + shift),
+        "win_rate": estimate(0.75 + shift),
+    }
+
+
+def write_json(path: Path, value: object) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value), encoding="utf-8")
+
+
+def write_rows(path: Path, rows: list[dict]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def summary() -> dict:
+    return {
+        "bench": bench_figures(0.05)
+        | {"by_category": {name: bench_figures(i / 50) for i, name in enumerate(CATEGORIES)}},
+        "reward": {"pair_accuracy": estimate(0.83), "length_only_accuracy": estimate(0.61)},
+        "ppo": {"selected_step": 10, "kl_target": 1.0, "sequence_kl": estimate(0.9)},
+    }
+
+
+def validation_rows(step: int) -> list[dict]:
+    """Gold is 0 for an empty answer, and 1 for one that is right, kind, well formed and short."""
+    answers = {0: ("", ""), 10: (PERFECT, PERFECT), 20: (PERFECT, "")}
+    return [
+        {"id": f"v{row}", "category": "math", "answer": answer, "finished": True}
+        | {"checks": {"contains_all": ["nine"]}, "kl": step / 10, "score": step / 20, "rating": 5.0}
+        for row, answer in enumerate(answers[step])
+    ]
+
+
+def answer_rows() -> list[dict]:
+    return [
+        {"id": f"b-{name}", "category": name, "split": "bench", "turn": turn, "policy": policy}
+        | {"decoding": decoding, "finish_reason": "stop", "tokens": 7}
+        | {"messages": [{"role": "user", "content": f"{name} question"}], "answer": EVIL}
+        | {"gold": {"correctness": 1.0, "style": 0.5, "brevity": 1.0, "total": 0.825}}
+        for policy in ("sft", "ppo", "best_of_4")
+        for decoding in ("sampled", "greedy")
+        for name in CATEGORIES
+        for turn in (1, 2)
+    ]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    folder = tmp_path / "run"
+    write_json(folder / "summary.json", summary())
+    (folder / "recipe.yaml").write_text("seed: 3\njudge: {kind: rubric}\n", encoding="utf-8")
+    for step in (0, 10, 20):
+        write_rows(folder / "ppo" / "validation" / f"step-{step:06d}.jsonl", validation_rows(step))
+    write_rows(
+        folder / "ppo" / "metrics.jsonl",
+        [
+            {"step": step, "ppo/response_tokens": 14.0 - step / 9, "ppo/end_rate": 0.95}
+            for step in range(1, 21)
+        ],
+    )
+    table = {"k": 3, "rankings": 30, "winner_share": [0.5, 0.3, 0.2], "mean_rank": [1.7, 2.0, 2.3]}
+    table |= {"chi_square": 4.2, "critical_99": 9.2, "is_biased": False}
+    write_json(folder / "feedback" / "audit.json", {"positions": [table]})
+    write_rows(folder / "bench" / "answers.jsonl", answer_rows())
+    manifest(folder, "sft", f"Tuned a policy -> {folder / 'sft' / 'model'}", seconds=12.5)
+    return folder
+
+
+def manifest(folder: Path, stage: str, sentence: str, *, seconds: float) -> None:
+    write_json(
+        folder / stage / "manifest.json",
+        {"stage": stage, "key": "k", "format_version": 1, "inputs": {}, "outputs": {}}
+        | {"summary": {"sentence": sentence, "figures": {}}}
+        | {"started": "2026-01-01T10:00:00+00:00", "seconds": seconds},
+    )
+
+
+class Page(HTMLParser):
+    """Tags, table cells and text of a page."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.rows: list[list[str]] = []
+        self._cell: str | None = None
+        self.text = ""
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self._cell = ""
+        if tag == "small" and self._cell is not None:
+            self._cell += "|"
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in ("td", "th") and self._cell is not None:
+            self.rows[-1].append(self._cell)
+            self._cell = None
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+        if self._cell is not None:
+            self._cell += data
+
+
+def test_the_page_loads_nothing_from_outside(run: Path) -> None:
+    page = Page(write_report(run))
+    addresses = [
+        value
+        for _, attributes in page.tags
+        for name, value in attributes.items()
+        if name in ("src", "href", "srcset", "data", "action")
+    ]
+    assert len(addresses) == 4
+    assert all(value is not None and value.startswith("data:image/svg") for value in addresses)
+    assert not {"script", "link", "iframe"} & {tag for tag, _ in page.tags}
+    assert "@import" not in page.text
+    assert "url(" not in page.text
+
+
+def test_the_same_run_in_another_folder_gives_the_same_bytes_but_for_the_clock(
+    run: Path, tmp_path: Path
+) -> None:
+    first = write_report(run).read_bytes()
+    assert write_report(run).read_bytes() == first
+    elsewhere = run.rename(tmp_path / "elsewhere")
+    manifest(elsewhere, "sft", f"Tuned a policy -> {elsewhere / 'sft' / 'model'}", seconds=99.0)
+    second = write_report(elsewhere).read_bytes()
+
+    def without_clock(page: bytes) -> list[bytes]:
+        return [line for line in page.splitlines() if b'class="clock"' not in line]
+
+    assert first != second
+    assert without_clock(first) == without_clock(second)
+    assert str(tmp_path).encode() not in second
+
+
+def test_the_table_holds_the_numbers_of_summary_json(run: Path) -> None:
+    page = Page(write_report(run))
+    figures = summary()["bench"]
+    named = {**figures["by_category"], "all": figures}
+    for row in page.rows[2:]:
+        source = named.pop(row[0].partition("|")[0])
+        expected = [
+            (source[key][side], decimals)
+            for key, decimals in (
+                ("gold", 2),
+                ("gold_greedy", 2),
+                ("score", 2),
+                ("tokens_per_answer", 1),
+            )
+            for side in ("sft", "ppo")
+        ]
+        expected.append((source["win_rate"], 2))
+        for cell, (figure, places) in zip(row[1:], expected, strict=True):
+            mean, interval = cell.split("|")
+            assert mean == f"{figure['mean']:.{places}f}"
+            assert interval == f"{figure['low']:.{places}f} to {figure['high']:.{places}f}"
+    assert not named
+
+
+def test_answers_are_text_whatever_they_hold(run: Path) -> None:
+    manifest(run, "bench", "<img src=x onerror=alert(1)>", seconds=1.0)
+    path = write_report(run)
+    content = path.read_text(encoding="utf-8")
+    assert "<script" not in content
+    assert "<img src=x" not in content
+    assert EVIL in Page(path).text
+
+
+def test_gold_is_graded_from_the_validation_answers(run: Path) -> None:
+    points = read_run(run).validations
+    golds = [point.gold.mean for point in points if point.gold]
+    assert golds == pytest.approx([0.0, 1.0, 0.5])
+    assert [point.step for point in points] == [0, 10, 20]
+
+
+def test_an_answer_that_was_cut_is_graded_as_cut(run: Path) -> None:
+    cut = [row | {"finished": False} for row in validation_rows(10)]
+    write_rows(run / "ppo" / "validation" / "step-000010.jsonl", cut)
+    gold = read_run(run).validations[1].gold
+    assert gold is not None
+    assert 0 < gold.mean < 1
+
+
+def test_overoptimisation_is_said_where_it_happens(run: Path) -> None:
+    text = Page(write_report(run)).text
+    assert "Step 10 of 20 was kept" in text
+    assert "highest at step 10 (1.000)" in text
+    assert "rises, from 0.50 to 1.00 at step 20, where gold is 0.500: over-optimisation" in text
+
+
+def test_missing_files_are_said_to_be_missing(run: Path) -> None:
+    said = {
+        "bench/answers.jsonl": "No answers of a bench in this run.",
+        "feedback/audit.json": "No judge audit in this run.",
+        "ppo/metrics.jsonl": "No PPO metrics in this run.",
+        "sft/manifest.json": "No finished sft in this run.",
+    }
+    whole = Page(write_report(run)).text
+    for name in said:
+        (run / name).unlink()
+    rest = Page(write_report(run)).text
+    assert [sentence in whole for sentence in said.values()] == [False] * 4
+    assert [sentence in rest for sentence in said.values()] == [True] * 4
+
+
+def test_a_run_of_nothing_but_a_recipe_has_a_page(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("seed: 3\n", encoding="utf-8")
+    text = Page(write_report(tmp_path)).text
+    for said in ("No bench", "No PPO validations", "No reward-model accuracy", "No finished ppo"):
+        assert said in text
+
+
+def test_figures_left_out_of_the_summary_are_marked(run: Path) -> None:
+    write_json(run / "summary.json", {"reward": summary()["reward"]})
+    text = Page(write_report(run)).text
+    assert "The stage ppo has no figures in summary.json" in text
+    assert "The bench has no figures in summary.json" in text
+    assert "No bench in this run." in text
+
+
+def test_a_run_without_checks_has_no_gold_and_still_a_page(run: Path) -> None:
+    for path in (run / "ppo" / "validation").iterdir():
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        write_rows(path, [{k: v for k, v in row.items() if k != "checks"} for row in rows])
+    figures = summary()
+    for part in (figures["bench"], *figures["bench"]["by_category"].values()):
+        del part["gold"], part["gold_greedy"]
+    write_json(run / "summary.json", figures)
+    page = Page(write_report(run))
+    assert "no gold to compare with" in page.text
+    assert page.rows[2][1:5] == ["none|"] * 4
+    with pytest.raises(DataError, match="no gold"):
+        save_figure(run, run / "figure.png")
+
+
+def test_what_is_no_run_folder_or_damaged_is_refused_by_name(run: Path, tmp_path: Path) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(DataError, match="is no run folder"):
+        write_report(empty)
+    with (run / "ppo" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 2')
+    with pytest.raises(DataError, match=r"metrics\.jsonl, line 21"):
+        write_report(run)
+
+
+def test_the_readme_figure_is_a_wide_png_and_the_same_twice(run: Path, tmp_path: Path) -> None:
+    first = save_figure(run, tmp_path / "figure.png").read_bytes()
+    assert first.startswith(b"\x89PNG")
+    assert int.from_bytes(first[16:20], "big") == 1800
+    assert save_figure(run, tmp_path / "again.png").read_bytes() == first
+
+
+def test_the_charts_carry_no_date_and_no_address_to_load(run: Path) -> None:
+    import base64
+
+    content = write_report(run).read_text(encoding="utf-8")
+    for encoded in re.findall(r"data:image/svg\+xml;base64,([\w+/=]+)", content):
+        svg = base64.b64decode(encoded).decode()
+        assert "<metadata" not in svg
+        assert not re.search(r'(?:href|src)="(?!#)', svg)

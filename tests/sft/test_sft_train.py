@@ -1,0 +1,186 @@
+"""The sft stage: its loss against transformers' own, what it leaves out, and a toy it learns."""
+
+import json
+import logging
+import random
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from starling.base.context import single_process_context
+from starling.base.errors import DataError, RecipeError
+from starling.data.records import Message
+from starling.models.interfaces import Request, Sampling
+from starling.models.local import load_local
+from starling.sft.config import Architecture, SftInputs, SftSection
+from starling.sft.train import run
+from tiny import tiny_policy_folder
+
+SMALL = Architecture(
+    vocab_size=300, hidden_size=32, intermediate_size=64, layers=2, heads=2, kv_heads=1
+)
+
+
+def written(path, conversations):
+    """A conversations file; each is a list of turns, the user's first."""
+    rows = [
+        {
+            "messages": [
+                {"role": ("user", "assistant")[number % 2], "content": text}
+                for number, text in enumerate(turns)
+            ]
+        }
+        for turns in conversations
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def tune(folder, conversations, base=None, **settings):
+    """Run the stage in `folder` and return its summary and metrics rows."""
+    path = written(folder / "conversations.jsonl", conversations)
+    section = SftSection.model_validate({"conversations": "here", "warmup_steps": 0} | settings)
+    base = None if base is None else str(base)
+    summary = run(section, SftInputs(path, base), folder / "out", single_process_context(1, seed=0))
+    rows = [json.loads(line) for line in (folder / "out" / "metrics.jsonl").open()]
+    return summary, rows
+
+
+def labelled(tokenizer, turns):
+    """Ids by the chat template, and labels that are -100 except on what the assistant says."""
+    messages = [
+        {"role": ("user", "assistant")[number % 2], "content": text}
+        for number, text in enumerate(turns)
+    ]
+
+    def ids_of(count, prefix):
+        text = tokenizer.apply_chat_template(
+            messages[:count], tokenize=False, add_generation_prompt=prefix
+        )
+        return tokenizer(text, add_special_tokens=False).input_ids
+
+    ids = ids_of(len(messages), False)
+    labels = [-100] * len(ids)
+    for count in range(1, len(messages), 2):
+        begin, end = len(ids_of(count, True)), len(ids_of(count + 1, False))
+        labels[begin:end] = ids[begin:end]
+    return ids, labels
+
+
+def test_the_loss_is_transformers_own_with_labels_on_the_assistants_tokens_only(tmp_path):
+    base = tiny_policy_folder(tmp_path / "base")
+    conversations = [
+        ["What is the sum?", "The answer is 4."],
+        ["Hm", "No."],
+        ["One", "Two", "And then?", "The answer is three, four and five."],
+    ]
+    _, rows = tune(tmp_path, conversations, base, steps=1, batch=3, lr=1e-9)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    pairs = [labelled(tokenizer, turns) for turns in conversations]
+    width = max(len(ids) for ids, _ in pairs)
+    ids = [ids + [tokenizer.pad_token_id] * (width - len(ids)) for ids, _ in pairs]
+    labels = [labels + [-100] * (width - len(labels)) for _, labels in pairs]
+    mask = [[1] * len(own) + [0] * (width - len(own)) for own, _ in pairs]
+    # Each answer and its end, or nothing would have been compared.
+    assert sum(label != -100 for row in labels for label in row) > 20
+    model = AutoModelForCausalLM.from_pretrained(base).eval()
+    with torch.no_grad():
+        expected = model(
+            input_ids=torch.tensor(ids),
+            attention_mask=torch.tensor(mask),
+            labels=torch.tensor(labels),
+        ).loss
+    assert rows[0]["sft/loss"] == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory):
+    """A toy: the assistant says the animal's sound, whatever stands around the animal."""
+    sounds = {"cat": "miaow", "dog": "woof", "hen": "cluck", "cow": "moo"}
+    rng = random.Random(0)
+    conversations = []
+    for _ in range(200):
+        animal = rng.choice(list(sounds))
+        conversations.append([f"{rng.randrange(100)} {animal} {rng.randrange(10)}", sounds[animal]])
+    folder = tmp_path_factory.mktemp("toy")
+    summary, rows = tune(
+        folder,
+        conversations,
+        architecture=SMALL,
+        steps=60,
+        batch=32,
+        lr=1e-2,
+        warmup_steps=5,
+        keep=(20, 60),
+    )
+    return folder / "out", summary, rows, sounds
+
+
+def test_a_toy_is_learned_and_greedy_answers_are_right_and_end(learned):
+    out, summary, rows, sounds = learned
+    assert rows[0]["sft/loss"] > 3
+    assert rows[-1]["sft/loss"] < 0.3
+    assert summary.figures["loss"] == rows[-1]["sft/loss"]
+    requests = [
+        Request(animal, (Message(role="user", content=f"55 {animal} 3"),), Sampling(12, 0.0))
+        for animal in sounds
+    ]
+    replies = {
+        reply.request_id: reply for reply in load_local(str(out / "model")).respond(requests)
+    }
+    assert {animal: reply.text for animal, reply in replies.items()} == sounds
+    assert {reply.finish_reason for reply in replies.values()} == {"stop"}
+
+
+def test_kept_checkpoints_are_there_and_are_of_their_own_step(learned):
+    out, _, _, _ = learned
+    assert sorted(path.name for path in out.glob("model*")) == ["model", "model-20", "model-60"]
+    early, last, model = (
+        load_file(out / name / "model.safetensors") for name in ("model-20", "model-60", "model")
+    )
+    assert all(torch.equal(last[name], tensor) for name, tensor in model.items())
+    assert early.keys() == model.keys()
+    assert not any(torch.equal(early[name], tensor) for name, tensor in model.items())
+    assert load_local(str(out / "model-20")).codec.format.name == "openchat"
+
+
+def test_the_tokenizer_knows_the_formats_words(learned):
+    out, _, _, _ = learned
+    tokenizer = AutoTokenizer.from_pretrained(out / "model")
+    prefix = tokenizer("GPT4 Correct Assistant:", add_special_tokens=False).input_ids
+    assert len(prefix) < len("GPT4 Correct Assistant:") / 2
+
+
+def test_conversations_that_are_too_long_are_left_out_and_counted(tmp_path, caplog):
+    base = tiny_policy_folder(tmp_path / "base")
+    conversations = [["a", "b"], ["a", "b" * 300], ["c " * 90, "d"], ["e", "f"]]
+    with caplog.at_level(logging.WARNING):
+        summary, _ = tune(tmp_path, conversations, base, steps=1, batch=2, max_length=64)
+    assert summary.figures["conversations"] == 2
+    assert summary.figures["too_long"] == 2
+    assert "2 of 4 conversations are longer than sft.max_length (64 tokens)" in caplog.text
+
+
+def test_conversations_that_are_all_too_long_are_refused(tmp_path):
+    base = tiny_policy_folder(tmp_path / "base")
+    with pytest.raises(DataError, match="every conversation is longer than sft.max_length"):
+        tune(tmp_path, [["a", "b" * 300]], base, steps=1, max_length=16)
+
+
+def test_a_stage_without_a_base_and_without_an_architecture_is_refused(tmp_path):
+    with pytest.raises(RecipeError, match="set base .* or architecture"):
+        tune(tmp_path, [["a", "b"]], steps=1)
+
+
+def test_a_loss_that_is_no_number_is_refused_with_what_to_do(tmp_path):
+    base = tiny_policy_folder(tmp_path / "base")
+    weights = load_file(base / "model.safetensors")
+    save_file(
+        {name: torch.full_like(tensor, torch.nan) for name, tensor in weights.items()},
+        base / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    with pytest.raises(DataError, match=r"the loss is nan at step 1.*lower sft.lr"):
+        tune(tmp_path, [["a", "b"]], base, steps=1, batch=1)
