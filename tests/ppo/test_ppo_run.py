@@ -10,8 +10,9 @@ from starling.base.jsonl import write_records
 from starling.judging.config import JudgeSection
 from starling.models.causal_lm import load_language_model
 from starling.models.reward_model import RewardModel
+from starling.ppo import train as ppo_train
 from starling.ppo.config import PpoInputs, PpoSection
-from starling.ppo.train import run
+from starling.ppo.select import Validator
 from starling.sft.config import Architecture, SftInputs, SftSection
 from starling.sft.train import run as run_sft
 from tiny import tiny_policy_folder, tiny_reward_folder
@@ -25,7 +26,7 @@ TOY = {
     "samples_per_prompt": 2,
     "ppo_epochs": 2,
     "max_response_tokens": 10,
-    "lr": 3e-3,
+    "lr": 1.5e-3,
     "kl_coef": 0.02,
     "validation_prompts": 16,
     "select_every": 4,
@@ -83,7 +84,7 @@ def train(speller, prompts, tmp_path, monkeypatch):
     def train(judge=None, **settings):
         section = PpoSection.model_validate(TOY | settings)
         inputs = PpoInputs(str(speller), prompts, "scripted", None, judge)
-        summary = run(section, inputs, tmp_path, single_process_context(1, seed=0))
+        summary = ppo_train.run(section, inputs, tmp_path, single_process_context(1, seed=0))
         rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").open()]
         return summary, rows, tmp_path
 
@@ -107,6 +108,8 @@ def test_the_reward_rises_towards_its_optimum_and_the_kl_with_it(train):
     assert rows[0]["ppo/sequence_kl"] == pytest.approx(0, abs=1e-4)
     assert mean(rows[-3:], "ppo/sequence_kl") > 0.3
     assert summary.figures["sequence_kl"]["mean"] > 0.3
+    # Four letters of one bit each: 4 ln 2 would do for the optimum itself.
+    assert mean(rows[-3:], "ppo/sequence_kl") < 2.77
     assert mean(rows, "ppo/sampler_mismatch") < 1e-4
     assert mean(rows[-3:], "ppo/end_rate") > 0.9
 
@@ -131,17 +134,24 @@ def test_a_separate_critic_raises_the_reward_too(train):
     assert mean(rows[-2:], "ppo/score") > mean(rows[:2], "ppo/score") + 0.15
 
 
-def test_the_checkpoint_that_the_judge_likes_best_is_the_one_that_is_saved(train):
+def test_the_checkpoint_that_the_judge_likes_best_is_the_one_that_is_saved(train, monkeypatch):
+    measured = {}
+    measure = Validator.measure
+
+    def spy(validator, policy, step):
+        measured[step] = {name: tensor.clone() for name, tensor in policy.state_dict().items()}
+        return measure(validator, policy, step)
+
+    monkeypatch.setattr(Validator, "measure", spy)
     judge = JudgeSection(kind="rubric")
-    summary, _, out = train(judge, kl_target=2.0, lr=1.5e-3, select_every=2)
-    print([(v['step'],round(v['kl']['mean'],2),v['rating'],v['response_tokens']) for v in summary.figures['validations']])
+    summary, _, out = train(judge, kl_target=2.0, select_every=2)
     rounds = summary.figures["validations"]
     assert [row["step"] for row in rounds] == [0, 2, 4, 6, 8, 10, 12, 14, 16]
     start = rounds[0]
     eligible = [
         row
         for row in rounds[1:]
-        if 0.5 <= row["kl"]["mean"] <= 1.5
+        if 1.0 <= row["kl"]["mean"] <= 3.0
         and row["response_tokens"] <= 1.1 * start["response_tokens"]
     ]
     best = max(eligible, key=lambda row: row["rating"])
@@ -154,26 +164,20 @@ def test_the_checkpoint_that_the_judge_likes_best_is_the_one_that_is_saved(train
     assert len(kept) == 16
     assert mean(kept, "rating") == pytest.approx(best["rating"])
     assert mean(kept, "kl") == pytest.approx(best["kl"]["mean"], rel=1e-5)
-    # The saved weights are those of that step: they say the same again.
-    saved = load_language_model(str(out / "model"))
-    assert saved.codec.format.name == "openchat"
-    again = json.loads(
-        (out / "validation" / f"step-{best['step']:06d}.jsonl").read_text().split("\n")[0]
-    )
-    assert again == kept[0]
+    saved = load_file(out / "model" / "model.safetensors")
+    assert all(torch.equal(measured[best["step"]][name], saved[name]) for name in saved)
+    assert best["step"] < 16
 
 
 def test_nothing_of_the_validation_prompts_is_trained_on(train, monkeypatch):
     seen = set()
-    from starling.ppo import train as module
-
-    sample = module.sample_responses
+    sample = ppo_train.sample_responses
 
     def spy(engine, codec, batch, *rest, **options):
         seen.update(prompt.id for prompt in batch)
         return sample(engine, codec, batch, *rest, **options)
 
-    monkeypatch.setattr(module, "sample_responses", spy)
+    monkeypatch.setattr(ppo_train, "sample_responses", spy)
     _, _, out = train(steps=4)
     kept = [json.loads(line)["id"] for line in (out / "validation" / "step-000000.jsonl").open()]
     assert len(kept) == 16
@@ -189,7 +193,6 @@ def test_a_run_on_untrained_models_from_disk_ends_with_a_model_that_loads(prompt
     )
     inputs = PpoInputs(str(policy), prompts, str(reward), None, None)
     out = tmp_path / "out"
-    summary = run(section, inputs, out, single_process_context(1, seed=0))
+    summary = ppo_train.run(section, inputs, out, single_process_context(1, seed=0))
     assert summary.figures["selected_step"] == 2
     load_language_model(str(out / "model"))
-    assert "+0" not in summary.sentence

@@ -97,23 +97,23 @@ def test_the_loss_is_transformers_own_with_labels_on_the_assistants_tokens_only(
 
 @pytest.fixture(scope="module")
 def learned(tmp_path_factory):
-    """A toy: the assistant says the animal's sound, whatever stands around the animal."""
+    """A toy: the assistant says the animal's sound, whatever stands before the animal."""
     sounds = {"cat": "miaow", "dog": "woof", "hen": "cluck", "cow": "moo"}
     rng = random.Random(0)
     conversations = []
     for _ in range(200):
         animal = rng.choice(list(sounds))
-        conversations.append([f"{rng.randrange(100)} {animal} {rng.randrange(10)}", sounds[animal]])
+        conversations.append([f"{rng.randrange(100)} {animal}", sounds[animal]])
     folder = tmp_path_factory.mktemp("toy")
     summary, rows = tune(
         folder,
         conversations,
         architecture=SMALL,
-        steps=60,
+        steps=80,
         batch=32,
         lr=1e-2,
         warmup_steps=5,
-        keep=(20, 60),
+        keep=(20, 80),
     )
     return folder / "out", summary, rows, sounds
 
@@ -121,10 +121,10 @@ def learned(tmp_path_factory):
 def test_a_toy_is_learned_and_greedy_answers_are_right_and_end(learned):
     out, summary, rows, sounds = learned
     assert rows[0]["sft/loss"] > 3
-    assert rows[-1]["sft/loss"] < 0.3
+    assert rows[-1]["sft/loss"] < 0.1
     assert summary.figures["loss"] == rows[-1]["sft/loss"]
     requests = [
-        Request(animal, (Message(role="user", content=f"55 {animal} 3"),), Sampling(12, 0.0))
+        Request(animal, (Message(role="user", content=f"55 {animal}"),), Sampling(12, 0.0))
         for animal in sounds
     ]
     replies = {
@@ -136,9 +136,9 @@ def test_a_toy_is_learned_and_greedy_answers_are_right_and_end(learned):
 
 def test_kept_checkpoints_are_there_and_are_of_their_own_step(learned):
     out, _, _, _ = learned
-    assert sorted(path.name for path in out.glob("model*")) == ["model", "model-20", "model-60"]
+    assert sorted(path.name for path in out.glob("model*")) == ["model", "model-20", "model-80"]
     early, last, model = (
-        load_file(out / name / "model.safetensors") for name in ("model-20", "model-60", "model")
+        load_file(out / name / "model.safetensors") for name in ("model-20", "model-80", "model")
     )
     assert all(torch.equal(last[name], tensor) for name, tensor in model.items())
     assert early.keys() == model.keys()

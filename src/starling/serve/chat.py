@@ -39,7 +39,7 @@ class ChatSession:
         codec = self._local.codec
         kept = trim_turns(asked, codec, limit=self._context - self._max_tokens)
         if len(kept) < len(asked):
-            yield f"[forgetting the first {len(asked) - len(kept)} messages: the context is full]\n"
+            _note(f"[forgetting the first {len(asked) - len(kept)} messages: the context is full]")
         self._num_answers += 1
         sampling = Sampling(self._max_tokens, self._temperature, seed=self._num_answers)
         request = self._local.generation_request(Request("chat", kept, sampling))

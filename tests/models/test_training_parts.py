@@ -1,0 +1,195 @@
+"""Schedules by hand, each row once an epoch, and a journal that resumes to the bit."""
+
+import json
+import math
+import random
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.testing import assert_close
+
+from starling.base.context import Context
+from starling.base.errors import CheckpointError, Stopped
+from starling.models.training import (
+    Journal,
+    Trainable,
+    adamw,
+    batch_indices,
+    constant,
+    cosine,
+    linear,
+    warmup_then,
+)
+
+
+def test_linear_falls_from_one_and_would_reach_zero_after_the_last_step():
+    assert [linear(4)(step) for step in range(5)] == [1, 0.75, 0.5, 0.25, 0]
+
+
+def test_cosine_is_one_after_warm_up_half_in_the_middle_and_zero_after_the_last_step():
+    schedule = cosine(10, warmup_steps=2)
+    assert schedule(2) == 1
+    # A quarter of the way: (1 + cos 45 degrees) / 2.
+    assert schedule(4) == pytest.approx(0.8535534)
+    assert schedule(6) == pytest.approx(0.5)
+    assert schedule(8) == pytest.approx(0.1464466)
+    assert schedule(10) == pytest.approx(0)
+    assert schedule(13) == pytest.approx(0)
+
+
+def test_warm_up_rises_to_one_in_its_last_step_and_hands_over():
+    schedule = warmup_then(linear(10), 4)
+    assert [schedule(step) for step in range(4)] == [0.25, 0.5, 0.75, 1]
+    assert schedule(4) == 0.6
+    assert [warmup_then(constant, 0)(step) for step in (0, 5)] == [1, 1]
+
+
+@given(
+    n=st.integers(1, 12), batch=st.integers(1, 15), epochs=st.integers(1, 4), seed=st.integers()
+)
+def test_batches_visit_every_row_once_per_epoch_in_the_epochs_order(n, batch, epochs, seed):
+    def order(epoch):
+        rows = list(range(n))
+        random.Random(f"{seed}/{epoch}").shuffle(rows)
+        return rows
+
+    steps = math.ceil(n * epochs / batch)
+    visited = []
+    for step in range(steps):
+        indices = batch_indices(step, batch, order, n)
+        assert len(indices) == batch
+        visited += indices
+    for epoch in range(epochs):
+        assert visited[epoch * n : (epoch + 1) * n] == order(epoch)
+
+
+def one_weight(value=1.0, *, lr=0.5, schedule=constant, max_grad_norm=1e9):
+    module = torch.nn.Linear(2, 1, bias=False)
+    torch.nn.init.constant_(module.weight, value)
+    optimizer = torch.optim.SGD(module.parameters(), lr=99.0)
+    return module, Trainable({"m": module}, optimizer, lr, schedule, max_grad_norm)
+
+
+def test_a_step_moves_by_the_scheduled_rate_and_clears_the_gradient():
+    module, trainable = one_weight(lr=0.5, schedule=linear(4))
+    for step, rate in enumerate((0.5, 0.375, 0.25, 0.125)):
+        before = module.weight.detach().clone()
+        module.weight.grad = torch.tensor([[3.0, -4.0]])
+        assert trainable.step(step) == pytest.approx(5.0)
+        assert_close(module.weight.detach(), before - rate * torch.tensor([[3.0, -4.0]]))
+        assert module.weight.grad is None
+
+
+def test_a_gradient_is_clipped_to_its_norm_and_the_norm_before_is_told():
+    module, trainable = one_weight(lr=1.0, max_grad_norm=2.0)
+    module.weight.grad = torch.tensor([[3.0, -4.0]])
+    assert trainable.step(0) == pytest.approx(5.0)
+    assert_close(module.weight.detach(), torch.tensor([[1 - 1.2, 1 + 1.6]]), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_gradient_that_is_not_finite_stops_before_a_weight_moves(bad):
+    module, trainable = one_weight()
+    module.weight.grad = torch.tensor([[bad, 1.0]])
+    with pytest.raises(ValueError, match="at optimizer step 7"):
+        trainable.step(7)
+    assert torch.equal(module.weight.detach(), torch.ones(1, 2))
+
+
+def test_the_optimizer_holds_only_what_wants_a_gradient():
+    frozen, free = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    frozen.requires_grad_(False)
+    optimizer = adamw(
+        [*frozen.parameters(), *free.parameters()], lr=0.1, weight_decay=0.2, eps=1e-5
+    )
+    trainable = Trainable({"f": frozen, "g": free}, optimizer, 0.1, constant, 1.0)
+    assert [id(p) for p in trainable.parameters] == [id(p) for p in free.parameters()]
+    [group] = optimizer.param_groups
+    settings = (group["weight_decay"], group["eps"], group["betas"])
+    assert settings == (0.2, 1e-5, (0.9, 0.999))
+
+
+def make_trainable(seed=0):
+    torch.manual_seed(seed)
+    module = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Tanh(), torch.nn.Linear(3, 1))
+    optimizer = adamw(module.parameters(), lr=0.1, weight_decay=0.01)
+    return Trainable({"m": module}, optimizer, 0.1, linear(10), 1.0)
+
+
+def make_context():
+    return Context(rank=0, world_size=1, device="cpu", threads=1)
+
+
+def train(out, *, until, every=2, seed=0, context=None):
+    """A loop as the stages have it: its data follow the step, and it carries state of its own."""
+    trainable = make_trainable(seed)
+    with Journal(out, trainable, context or make_context(), every=every) as journal:
+        snapshot = journal.resume()
+        total = snapshot.state["extra"].get("total", 0)
+        average = snapshot.tensors.get("average", torch.zeros(3))
+        for step in range(snapshot.step, until):
+            inputs = torch.randn(5, 4, generator=torch.Generator().manual_seed(step))
+            loss = trainable.modules["m"](inputs).square().mean()
+            loss.backward()
+            norm = trainable.step(step)
+            total += step
+            average = 0.9 * average + 0.1 * inputs.mean()
+            journal.log(step, {"m/loss": loss.item(), "m/norm": norm}, seconds_key="m/seconds")
+            journal.boundary(step + 1, {"total": total}, {"average": average})
+    return trainable, total, average
+
+
+def moments(trainable):
+    states = [trainable.optimizer.state[parameter] for parameter in trainable.parameters]
+    return [state[key] for state in states for key in ("step", "exp_avg", "exp_avg_sq")]
+
+
+def assert_same(one, two):
+    for first, second in zip(one[0].parameters, two[0].parameters, strict=True):
+        assert torch.equal(first, second)
+    for first, second in zip(moments(one[0]), moments(two[0]), strict=True):
+        assert torch.equal(first, second)
+    assert one[1] == two[1]
+    assert torch.equal(one[2], two[2])
+
+
+@pytest.mark.parametrize("interrupted_at", [2, 3])
+def test_two_steps_then_a_resume_then_two_are_four_steps(tmp_path, interrupted_at):
+    # At 3, the third step was logged and not saved: it is taken again.
+    whole = train(tmp_path / "whole", until=4)
+    train(tmp_path / "parts", until=interrupted_at)
+    # Another seed: everything must come from the checkpoint.
+    parts = train(tmp_path / "parts", until=4, seed=5)
+    assert_same(whole, parts)
+    metrics = [(tmp_path / name / "metrics.jsonl").read_bytes() for name in ("whole", "parts")]
+    assert metrics[0] == metrics[1]
+    assert [json.loads(line)["step"] for line in metrics[0].splitlines()] == [0, 1, 2, 3]
+
+
+def test_a_start_without_a_checkpoint_forgets_old_metrics(tmp_path):
+    train(tmp_path, until=1)
+    assert not list(tmp_path.glob("checkpoints/step-*"))
+    train(tmp_path, until=1)
+    assert len((tmp_path / "metrics.jsonl").read_bytes().splitlines()) == 1
+
+
+def test_a_signal_saves_at_the_step_boundary_and_stops(tmp_path):
+    context = make_context()
+    context.stop.signal_number = 15
+    with pytest.raises(Stopped):
+        train(tmp_path / "parts", until=4, every=100, context=context)
+    assert [path.name for path in tmp_path.glob("parts/checkpoints/*")] == ["step-000001"]
+    assert_same(train(tmp_path / "parts", until=4), train(tmp_path / "whole", until=4))
+
+
+def test_a_checkpoint_of_another_shape_is_refused(tmp_path):
+    train(tmp_path, until=2)
+    module = torch.nn.Sequential(torch.nn.Linear(4, 2), torch.nn.Tanh(), torch.nn.Linear(2, 1))
+    other = Trainable({"m": module}, adamw(module.parameters(), lr=1, weight_decay=0), 1, constant, 1)
+    with (
+        Journal(tmp_path, other, make_context(), every=1) as journal,
+        pytest.raises(CheckpointError, match="other shapes"),
+    ):
+        journal.resume()
