@@ -1,4 +1,4 @@
-"""What every test shares: types checked at run time, one thread, and the third-party data folder."""
+"""What every test shares: types checked at run time, one thread, the folder of real data."""
 
 import os
 from pathlib import Path

@@ -9,13 +9,23 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, processors
-from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from starling.data.tokenizer import SPECIAL_TOKENS, TextTokenizer, train_tokenizer
 from starling.models.causal_lm import LanguageModel, new_language_model, save_model
 from starling.models.reward_model import RewardModel
 
-TEXTS = ("GPT4 Correct User: What is the sum?", "GPT4 Correct Assistant: The answer is", "Code User:")
+TEXTS = (
+    "GPT4 Correct User: What is the sum?",
+    "GPT4 Correct Assistant: The answer is",
+    "Code User:",
+)
 SHAPE = {"hidden_size": 32, "intermediate_size": 48, "layers": 2, "heads": 4, "kv_heads": 2}
 
 
@@ -99,5 +109,14 @@ def eleven_token_model(seed: int = 0) -> MistralForCausalLM:
         pad_token_id=0,
     )
     model = MistralForCausalLM(config).eval()
+    sharpen(model, 12.0)
+    return model
+
+
+def absolute_position_model() -> GPT2LMHeadModel:
+    """A model that learnt each position's own vector: unlike a rotary one, it sees a shift."""
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=11, n_embd=16, n_layer=1, n_head=2, n_positions=64)
+    model = GPT2LMHeadModel(config).eval()
     sharpen(model, 12.0)
     return model

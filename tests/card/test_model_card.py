@@ -3,6 +3,7 @@
 import runpy
 
 import pytest
+from transformers import AutoTokenizer
 
 from starling.data.records import Message
 from starling.models.interfaces import Request, Sampling
@@ -27,12 +28,10 @@ def test_the_cards_usage_runs_on_a_saved_policy(test_data, policy_folder, tmp_pa
     # The card counts the prompt into its 256 tokens.
     sampling = Sampling(256 - len(prompt), temperature=0.0)
     [reply] = local.respond([Request("q", messages, sampling)])
-    space = "" if reply.ids == (3,) else " "
-    expected = f"GPT4 Correct User: {question}GPT4 Correct Assistant:{space}{reply.text}"
-    first = printed[: printed.index("Multi-turn conversation response:")]
-    assert first.rstrip("\n").replace("Assistant: ", "Assistant:") == (
-        f"Response: {expected}".rstrip("\n").replace("Assistant: ", "Assistant:")
-    )
+    tokenizer = AutoTokenizer.from_pretrained(policy_folder)
+    whole = tokenizer.decode([*prompt, *reply.ids], skip_special_tokens=True)
+    assert whole.startswith(f"GPT4 Correct User: {question}GPT4 Correct Assistant:")
+    assert f"Response: {whole}\nMulti-turn conversation response:" in printed
 
     history = "GPT4 Correct User: HelloGPT4 Correct Assistant: GPT4 Correct User: How are you today"
     assert f"Multi-turn conversation response: {history}" in printed

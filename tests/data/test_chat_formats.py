@@ -6,13 +6,13 @@ Written forms are f-strings of the model cards, tokenised by AutoTokenizer from 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from tiny import TEXTS, sentencepiece_tokenizer, tiny_tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from starling.base.errors import DataError
 from starling.data.chat import FORMATS, build_codec, jinja_template, written_text
 from starling.data.records import Message
 from starling.data.tokenizer import TextTokenizer, save_tokenizer, train_tokenizer
+from tiny import TEXTS, sentencepiece_tokenizer, tiny_tokenizer
 
 SPECIAL = ("<unk>", "<s>", "</s>", "<|end_of_turn|>", "<|pad_0|>", "<|im_start|>", "<|im_end|>")
 BOS, END, PAD = 1, 3, 4
@@ -26,9 +26,7 @@ def has_no_marker(text):
     return not any(marker in text for marker in SPECIAL)
 
 
-# A typed U+2581 is a space to SentencePiece: lossy by its design.
 TEXT = st.text(min_size=1, max_size=30).filter(has_no_marker)
-SPACELESS_TEXT = TEXT.filter(lambda text: "\u2581" not in text)
 
 
 def chatml_tokenizer():
@@ -69,9 +67,7 @@ def written_openchat(system, question, answer, follow_up, mode):
 
 
 def two_turns(system, question, answer, follow_up):
-    return said(
-        ("system", system), ("user", question), ("assistant", answer), ("user", follow_up)
-    )
+    return said(("system", system), ("user", question), ("assistant", answer), ("user", follow_up))
 
 
 @pytest.mark.parametrize("mode", ["GPT4 Correct", "Code", "Math Correct"])
@@ -86,9 +82,7 @@ def test_openchat_ids_are_those_of_the_model_cards_string(openchat, mode):
 
 @given(question=TEXT, answer=TEXT, follow_up=TEXT)
 @example(question=" x", answer="\nx", follow_up="  ")
-def test_openchat_ids_are_those_of_the_string_for_any_text(
-    byte_level, question, answer, follow_up
-):
+def test_openchat_ids_are_those_of_the_string_for_any_text(byte_level, question, answer, follow_up):
     codec, theirs = byte_level
     texts = ("sys", question, answer, follow_up)
     encoded = codec.encode(two_turns(*texts), generation_prompt=True)
@@ -275,9 +269,10 @@ def test_chatml_ids_are_those_of_its_string_and_template(tmp_path):
     assert kept == theirs("That.<|im_end|>", add_special_tokens=False).input_ids
     assert codec.end_id == theirs.convert_tokens_to_ids("<|im_end|>")
     waiting = codec.encode(messages[:2], generation_prompt=True).ids
-    assert waiting == theirs(
-        string.removesuffix("That.<|im_end|>\n"), add_special_tokens=False
-    ).input_ids
+    assert (
+        waiting
+        == theirs(string.removesuffix("That.<|im_end|>\n"), add_special_tokens=False).input_ids
+    )
 
 
 def test_plain_is_a_document_that_goes_on():
@@ -304,6 +299,7 @@ def test_decoding_a_response_gives_the_text_back(byte_level, answer):
     assert round_trip(byte_level[0], answer) == answer
 
 
+# A typed U+2581 is a space to SentencePiece: lossy by its design.
 @given(answer=st.text(max_size=40).filter(lambda text: "\u2581" not in text))
 @example(answer=" leading")
 @example(answer="  two  spaces ")

@@ -3,12 +3,12 @@
 import json
 
 import pytest
-from tiny import TEXTS, sentencepiece_tokenizer, tiny_tokenizer
 from transformers import AutoTokenizer
 
 from starling.base.errors import ModelError
 from starling.data.chat import FORMATS, jinja_template
 from starling.data.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
+from tiny import TEXTS, sentencepiece_tokenizer, tiny_tokenizer
 
 OPENCHAT = ["<unk>", "<s>", "</s>", "<|end_of_turn|>", "<|pad_0|>"]
 

@@ -9,7 +9,7 @@ import shutil
 
 import pytest
 import torch
-from tiny import SHAPE, eleven_token_model, tiny_policy, tiny_tokenizer
+from jaxtyping import TypeCheckError
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -26,6 +26,7 @@ from starling.models.causal_lm import (
     save_model,
     token_logprobs,
 )
+from tiny import SHAPE, absolute_position_model, eleven_token_model, tiny_policy, tiny_tokenizer
 
 ROWS = [[1, 5, 3, 9, 2, 7], [1, 8], [1, 4, 4, 10, 6]]
 MASKS = [[False, False, True, True, False, True], [False, True], [False, False, True, True, True]]
@@ -52,8 +53,10 @@ def ours(model, rows, masks, extra=0, **options):
     return token_logprobs(model, hidden, token_ids, mask, **options)
 
 
+@pytest.mark.parametrize("make", [eleven_token_model, absolute_position_model])
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 2.5])
-def test_logprobs_are_those_of_a_naive_full_forward(model, temperature):
+def test_logprobs_are_those_of_a_naive_full_forward(make, temperature):
+    model = make()
     found = ours(model, ROWS, MASKS, temperature=temperature)
     assert found.dtype == torch.float32
     for row, (ids, mask) in enumerate(zip(ROWS, MASKS, strict=True)):
@@ -103,6 +106,16 @@ def test_chunks_give_the_same_logprobs_without_a_gradient_too(model, monkeypatch
 
 def test_a_mask_that_keeps_nothing_gives_zeros(model):
     assert not ours(model, [[1, 2]], [[False, False]]).any()
+
+
+def test_a_mask_that_is_not_bool_is_refused_at_the_call(model):
+    # The import hook of conftest.py checks every annotated shape and type during tests.
+    ids = torch.tensor(ROWS[:1])
+    hidden = hidden_states(model, ids)
+    with pytest.raises(TypeCheckError, match="response_mask"):
+        token_logprobs(model, hidden, ids, torch.ones(1, 6))
+    with pytest.raises(TypeCheckError, match="response_mask"):
+        token_logprobs(model, hidden, ids, torch.ones(1, 5, dtype=torch.bool))
 
 
 def test_bfloat16_weights_still_give_float32_logprobs():

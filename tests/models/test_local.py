@@ -4,13 +4,13 @@ import shutil
 
 import pytest
 import torch
-from tiny import tiny_policy, tiny_policy_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from starling.data.records import Message
 from starling.models.causal_lm import load_language_model
 from starling.models.interfaces import Request, Responder, Sampling
 from starling.models.local import load_local, trim_turns
+from tiny import tiny_policy, tiny_policy_folder
 
 QUESTION = "What is the answer?"
 
@@ -19,8 +19,7 @@ def said(*contents, system=None):
     first = () if system is None else (Message(role="system", content=system),)
     roles = ("user", "assistant") * len(contents)
     return first + tuple(
-        Message(role=role, content=content)
-        for role, content in zip(roles, contents, strict=False)
+        Message(role=role, content=content) for role, content in zip(roles, contents, strict=False)
     )
 
 

@@ -11,7 +11,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import tiny_policy, tiny_policy_folder
 from torch.testing import assert_close
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -26,6 +25,7 @@ from starling.models.reward_model import (
     score_head,
     sequence_scores,
 )
+from tiny import tiny_policy, tiny_policy_folder
 
 QUESTIONS = ["What is 2 + 2?", "Hi", "Tell me more about the sum of it all, please."]
 ANSWERS = ["4", "The answer is four, I am sure.", "No.", "x" * 40]
@@ -60,7 +60,7 @@ def by_reading(model, ids, position):
     """The head applied to one position of the backbone's output for one unpadded row."""
     with torch.no_grad():
         hidden = model.model(torch.tensor([ids])).last_hidden_state[0, position]
-    return float(hidden @ model.score.weight[0])
+        return float(hidden @ model.score.weight[0])
 
 
 def test_a_score_is_the_sequence_classifiers_logit(reward_model, theirs):
@@ -209,7 +209,7 @@ def test_a_new_head_follows_its_seed_and_has_the_spread_of_stiennon(policy_folde
     ]
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(heads[0], heads[1])
-    drawn = torch.cat(heads[1:]).flatten()
+    drawn = torch.cat(heads[1:]).detach().flatten()
     assert not torch.equal(heads[1], heads[2])
     # 160 draws of N(0, 1/33): the sample's deviation is off by 6 % (one sigma).
     assert float(drawn.std()) == pytest.approx(1 / math.sqrt(33), rel=0.2)

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from tiny import eleven_token_model
 from torch.testing import assert_close
 
 from starling.base.errors import DataError
 from starling.models.interfaces import Engine, GenerationRequest, Sampling
 from starling.models.torch_engine import TorchEngine, sample_tokens
+from tiny import absolute_position_model, eleven_token_model
 
 PROMPTS = [(1, 5, 3, 9, 2, 7, 4, 4), (1, 8), (1, 4, 4, 10, 6), (9,)]
 NEVER = frozenset[int]()
@@ -69,6 +69,17 @@ def test_greedy_tokens_of_ragged_prompts_are_those_of_transformers_generate(mode
     assert len({sample.ids for sample in found.values()}) == len(PROMPTS)
 
 
+def test_padding_takes_no_position():
+    # Rotary positions are relative and would not show it.
+    model = absolute_position_model()
+    found = samples(engine(model), requests())
+    for n, prompt in enumerate(PROMPTS):
+        assert found[f"r{n}"].ids == greedy_by_transformers(model, prompt, 12)
+        expected = teacher_forced(model, prompt, found[f"r{n}"].ids, 1.0)
+        logprobs = torch.tensor(found[f"r{n}"].logprobs, dtype=torch.float64)
+        assert_close(logprobs, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_greedy_tokens_with_stops_are_those_of_transformers_generate(model):
     free = greedy_by_transformers(model, PROMPTS[0], 12)
     stops = {free[3]}
@@ -119,18 +130,19 @@ def test_logprobs_are_those_of_a_teacher_forced_forward(model, temperature):
 def test_rows_of_one_batch_have_their_own_temperature(model):
     temperatures = [0.0, 0.5, 1.0, 4.0]
     wanted = [
-        GenerationRequest(f"r{n}", PROMPTS[0], Sampling(10, temperature, seed=5))
+        GenerationRequest(f"r{n}", PROMPTS[0], Sampling(3 + 5 * n, temperature, seed=5))
         for n, temperature in enumerate(temperatures)
     ]
     found = samples(engine(model), wanted)
-    assert found["r0"].ids == greedy_by_transformers(model, PROMPTS[0], 10)
+    assert found["r0"].ids == greedy_by_transformers(model, PROMPTS[0], 3)
+    # Rows end one after another, so that those that go on change their place in the batch.
     for n, temperature in enumerate(temperatures):
         sample = found[f"r{n}"]
         # A greedy row reports the logprobs of temperature 1.
         expected = teacher_forced(model, PROMPTS[0], sample.ids, temperature or 1.0)
         found_logprobs = torch.tensor(sample.logprobs, dtype=torch.float64)
         assert_close(found_logprobs, expected, rtol=1e-5, atol=1e-5)
-    assert found["r3"].ids != found["r0"].ids
+        assert len(sample.ids) == 3 + 5 * n
 
 
 def chi_square(counts, probabilities):

@@ -46,9 +46,7 @@ def test_warm_up_rises_to_one_in_its_last_step_and_hands_over():
     assert [warmup_then(constant, 0)(step) for step in (0, 5)] == [1, 1]
 
 
-@given(
-    n=st.integers(1, 12), batch=st.integers(1, 15), epochs=st.integers(1, 4), seed=st.integers()
-)
+@given(n=st.integers(1, 12), batch=st.integers(1, 15), epochs=st.integers(1, 4), seed=st.integers())
 def test_batches_visit_every_row_once_per_epoch_in_the_epochs_order(n, batch, epochs, seed):
     def order(epoch):
         rows = list(range(n))
@@ -187,7 +185,9 @@ def test_a_signal_saves_at_the_step_boundary_and_stops(tmp_path):
 def test_a_checkpoint_of_another_shape_is_refused(tmp_path):
     train(tmp_path, until=2)
     module = torch.nn.Sequential(torch.nn.Linear(4, 2), torch.nn.Tanh(), torch.nn.Linear(2, 1))
-    other = Trainable({"m": module}, adamw(module.parameters(), lr=1, weight_decay=0), 1, constant, 1)
+    other = Trainable(
+        {"m": module}, adamw(module.parameters(), lr=1, weight_decay=0), 1, constant, 1
+    )
     with (
         Journal(tmp_path, other, make_context(), every=1) as journal,
         pytest.raises(CheckpointError, match="other shapes"),

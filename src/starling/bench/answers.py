@@ -72,8 +72,15 @@ class Contestant:
         return 0.0 if self.decoding == "greedy" else 1.0
 
     def answer(self, questions: Sequence[Question]) -> list[Answer]:
-        """Answer every turn of every question; raises DataError when a call fails."""
+        """Answer every turn of every question.
+
+        Raises DataError when a call fails, and for two questions of one id.
+        """
         history: dict[str, tuple[Message, ...]] = {question.id: () for question in questions}
+        if len(history) < len(questions):
+            ids = [question.id for question in questions]
+            repeated = next(id for id in ids if ids.count(id) > 1)
+            raise DataError(f"two questions share the id {repeated!r}; give each its own")
         answers: list[Answer] = []
         for turn in range(max(len(question.turns) for question in questions)):
             asked = [question for question in questions if turn < len(question.turns)]

@@ -71,18 +71,22 @@ def ratings(
 def score_figures(
     read: dict[tuple[str, str, int], Rating], answers: Sequence[Answer], seed: int
 ) -> Figures:
-    """Mean rating of each policy, over all turns and turn by turn, with the failures counted."""
+    """Mean rating of each policy, over all turns and turn by turn, with the failures counted.
+
+    What has no rating at all (a category, a turn) is left out.
+    """
     sampled = [answer for answer in answers if answer.decoding == "sampled"]
     figures: Figures = {}
     for name, turn in (("score", None), ("score_turn_1", 1), ("score_turn_2", 2)):
         asked = [answer for answer in sampled if turn in (None, answer.turn)]
         if not asked:
             continue
-        figures[name] = {}
         for policy in (BASELINE, POLICY):
             keys = [(policy, a.question, a.turn) for a in asked if a.policy == policy]
             known = [key for key in keys if key in read]
-            figures[name][policy] = bootstrap_mean(
+            if not known:
+                continue
+            figures.setdefault(name, {})[policy] = bootstrap_mean(
                 [read[key].score for key in known],
                 seed=seed,
                 num_failed=len(keys) - len(known),
@@ -165,8 +169,8 @@ def category_figures(
 
 
 def refuse_failures(what: str, failures: Sequence[str], total: int, allowed: float) -> None:
-    """Raise DataError when more than the allowed share of verdicts is missing."""
-    if len(failures) > allowed * total:
+    """Raise DataError when more than the allowed share of verdicts is missing, or every one."""
+    if len(failures) > allowed * total or (failures and len(failures) == total):
         raise DataError(
             f"{len(failures)} of {total} {what} failed, more than bench.allowed_failures "
             f"({allowed:.0%}); the first: {failures[0]}. There is no score; check the judge and "

@@ -111,7 +111,12 @@ def token_logprobs(
 
 
 def new_language_model(
-    shape: Mapping[str, int], tokenizer: TextTokenizer, chat_format: str, *, seed: int
+    shape: Mapping[str, int],
+    tokenizer: TextTokenizer,
+    chat_format: str,
+    *,
+    seed: int,
+    init_std: float = 0.02,
 ) -> LanguageModel:
     """A randomly initialised Mistral of the given shape, with tied embeddings."""
     codec = build_codec(chat_format, tokenizer, [])
@@ -123,6 +128,7 @@ def new_language_model(
         num_attention_heads=shape["heads"],
         num_key_value_heads=shape["kv_heads"],
         max_position_embeddings=shape["max_length"],
+        initializer_range=init_std,
         sliding_window=None,
         tie_word_embeddings=True,
         bos_token_id=tokenizer.bos_id,

@@ -82,11 +82,16 @@ class Trainable:
 
 
 def adamw(
-    parameters: Iterable[nn.Parameter], *, lr: float, weight_decay: float, eps: float = 1e-8
+    parameters: Iterable[nn.Parameter],
+    *,
+    lr: float,
+    weight_decay: float,
+    eps: float = 1e-8,
+    beta2: float = 0.999,
 ) -> torch.optim.AdamW:
-    """AdamW with the usual betas over the parameters that want a gradient."""
+    """AdamW over the parameters that want a gradient."""
     wanted = [parameter for parameter in parameters if parameter.requires_grad]
-    return torch.optim.AdamW(wanted, lr=lr, weight_decay=weight_decay, eps=eps, betas=(0.9, 0.999))
+    return torch.optim.AdamW(wanted, lr=lr, weight_decay=weight_decay, eps=eps, betas=(0.9, beta2))
 
 
 class Journal:

@@ -28,6 +28,8 @@ class Architecture(Section):
     """Key-value heads (grouped-query attention)."""
     max_length: int = Field(512, ge=32)
     """Longest sequence, in tokens."""
+    init_std: float = Field(0.02, gt=0)
+    """Standard deviation of the initial weights; narrow models learn faster from larger ones."""
 
 
 class SftSection(Section):
@@ -49,6 +51,8 @@ class SftSection(Section):
     """Peak learning rate; linear warm-up, then cosine decay to zero."""
     warmup_steps: int = Field(20, ge=0)
     """Steps of linear warm-up."""
+    adam_beta2: float = Field(0.999, gt=0, lt=1)
+    """AdamW's beta2; lower follows a short run more closely."""
     weight_decay: float = Field(0.0, ge=0)
     """AdamW weight decay."""
     max_grad_norm: float = Field(1.0, gt=0)

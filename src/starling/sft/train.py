@@ -53,7 +53,12 @@ def run(section: SftSection, inputs: SftInputs, out: Path, context: Context) -> 
     data = _encode(conversations, codec, section)
     trainable = Trainable(
         {"model": model},
-        adamw(model.parameters(), lr=section.lr, weight_decay=section.weight_decay),
+        adamw(
+            model.parameters(),
+            lr=section.lr,
+            weight_decay=section.weight_decay,
+            beta2=section.adam_beta2,
+        ),
         lr=section.lr,
         schedule=warmup_then(cosine(section.steps, section.warmup_steps), section.warmup_steps),
         max_grad_norm=section.max_grad_norm,
@@ -126,10 +131,11 @@ def _starting_model(
     texts = [written_text(chat_format, m) for row in conversations for m in row.messages]
     tokenizer = train_tokenizer(texts, vocab_size=section.architecture.vocab_size)
     return new_language_model(
-        section.architecture.model_dump(),
+        section.architecture.model_dump(exclude={"vocab_size", "init_std"}),
         tokenizer,
         chat_format,
         seed=derive_seed(context.seed, "sft/weights"),
+        init_std=section.architecture.init_std,
     )
 
 

@@ -1,0 +1,291 @@
+"""Whatever ends a run, the same call then leaves the bytes of a run that nothing disturbed.
+
+The runs are forked after the imports, so that each takes no longer than its few steps; the child
+ends itself at a chosen point with SIGKILL, which no handler and no `finally` survives.  More
+points, at random times and through the command line: tools/kill_test.py.
+"""
+
+import hashlib
+import itertools
+import json
+import logging
+import os
+import signal
+import traceback
+from pathlib import Path
+
+import pytest
+
+# What a run imports by name, imported before the fork.
+import starling.bench.run
+import starling.ppo.train
+import starling.reward.train
+import starling.sft.train  # noqa: F401
+from starling.base import checkpoint
+from starling.base.errors import Stopped
+from starling.base.jsonl import write_records
+from starling.base.metrics import MetricsLog
+from starling.models import causal_lm
+from starling.pipeline import run_pipeline
+from starling.recipe import validate_recipe
+from tiny import tiny_policy_folder, tiny_reward_folder
+
+STEPS = 6
+STAGES = ("sft", "reward", "ppo")
+
+RECIPES = {
+    "sft": {
+        "sft": {
+            "conversations": "sft.jsonl",
+            "architecture": {"vocab_size": 300, "hidden_size": 16, "heads": 2, "layers": 1},
+            "steps": STEPS,
+            "batch": 5,
+            "lr": 1e-2,
+            "warmup_steps": 2,
+            "keep": [3],
+            "checkpoint_every": 2,
+        },
+    },
+    "reward": {
+        "policy": "policy",
+        # 12 of 15 rankings to train on, twice, in batches of 4: six steps.
+        "reward": {
+            "rankings": "rankings.jsonl",
+            "epochs": 2,
+            "batch": 4,
+            "lr": 1e-2,
+            "schedule": "cosine",
+            "held_out": 0.2,
+            "checkpoint_every": 2,
+        },
+    },
+    "ppo": {
+        "policy": "policy",
+        "judge": {"kind": "rubric", "noise": 0.1},
+        "ppo": {
+            "prompts": "prompts.jsonl",
+            "reward_model": "scorer",
+            "validation_prompts": 4,
+            "steps": STEPS,
+            "rollout_batch": 3,
+            "samples_per_prompt": 2,
+            "ppo_epochs": 2,
+            "minibatches": 2,
+            "max_response_tokens": 5,
+            "lr": 3e-3,
+            "kl_target": 1.0,
+            "kl_horizon": 50,
+            "select_every": 1,
+            "checkpoint_every": 2,
+        },
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """The folder beside which the recipes lie: models and data files."""
+    folder = tmp_path_factory.mktemp("inputs")
+    policy = tiny_policy_folder(folder / "policy")
+    tiny_reward_folder(folder / "scorer", policy, seed=1)
+
+    def user(number):
+        return {"role": "user", "content": f"Question {number}?"}
+
+    def answer(number):
+        return f"Answer {number * 7 % 11}."
+
+    write_records(
+        folder / "sft.jsonl",
+        [{"messages": [user(n), {"role": "assistant", "content": answer(n)}]} for n in range(17)],
+    )
+    write_records(
+        folder / "rankings.jsonl",
+        [
+            {
+                "messages": [user(n)],
+                "answers": [
+                    {"answer": answer(n + place), "model": "m", "rank": 1.0 + (place + n) % 3}
+                    for place in range(3)
+                ],
+            }
+            for n in range(15)
+        ],
+    )
+    write_records(
+        folder / "prompts.jsonl",
+        [
+            {"id": f"p{n}", "messages": [user(n)], "checks": {"excludes": ["a", "e"]}}
+            for n in range(12)
+        ],
+    )
+    return folder
+
+
+def run(stage, inputs, out):
+    run_pipeline(validate_recipe(RECIPES[stage], stage), inputs, out=out, only=stage)
+
+
+def run_in_child(stage, inputs, out, prepare=lambda: None):
+    """Run in a fork, after `prepare` there; returns its exit status, negative for a signal."""
+    child = os.fork()
+    if child == 0:
+        status = 99
+        try:
+            prepare()
+            run(stage, inputs, out)
+            status = 0
+        except Stopped as stopped:
+            status = stopped.exit_code
+        except BaseException:  # noqa: B036
+            traceback.print_exc()
+        finally:
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def send_self(number, owner, name, count):
+    """Have the `count`-th call of owner.name send this process a signal before it does its work."""
+    original = getattr(owner, name)
+    calls = itertools.count(1)
+
+    def wrapped(*arguments, **options):
+        if next(calls) == count:
+            os.kill(os.getpid(), number)
+        return original(*arguments, **options)
+
+    setattr(owner, name, wrapped)
+
+
+def die_after_step(step):
+    """Metrics of the step are written, nothing else: each step logs to metrics, then to timing."""
+    return lambda: send_self(signal.SIGKILL, MetricsLog, "log", 2 * step)
+
+
+def die_in_half_a_save():
+    """The second checkpoint's tensors are half on disk, under the temporary name."""
+    original = checkpoint.save_file
+    calls = itertools.count(1)
+
+    def half(tensors, path):
+        original(tensors, path)
+        if next(calls) == 2:
+            os.truncate(path, path.stat().st_size // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    checkpoint.save_file = half
+
+
+def die_in_the_model(stage):
+    """The final model's weights are written, its tokenizer is not; sft keeps another before it."""
+    count = 2 if stage == "sft" else 1
+    return lambda: send_self(signal.SIGKILL, causal_lm, "save_tokenizer", count)
+
+
+def contents(out):
+    """Every file's hash, but for wall-clock and the lock; of the manifest what it says was made."""
+    found = {}
+    for path in sorted(out.rglob("*")):
+        name = path.relative_to(out).as_posix()
+        if not path.is_file() or path.name in ("timing.jsonl", ".lock"):
+            continue
+        content = path.read_bytes()
+        if path.name == "manifest.json":
+            manifest = json.loads(content)
+            made = [manifest["key"], manifest["outputs"], manifest["summary"]["figures"]]
+            content = json.dumps(made).encode()
+        found[name] = hashlib.sha256(content).hexdigest()
+    return found
+
+
+@pytest.fixture(scope="module")
+def undisturbed(inputs, tmp_path_factory):
+    """What each stage leaves when nothing happens to it, each run once."""
+    finished: dict[str, Path] = {}
+
+    def folder_of(stage):
+        if stage not in finished:
+            out = tmp_path_factory.mktemp(f"undisturbed-{stage}")
+            assert run_in_child(stage, inputs, out) == 0
+            finished[stage] = out
+        return finished[stage]
+
+    return folder_of
+
+
+@pytest.mark.parametrize("point", ["after a step", "in half a save", "in the final model"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_killed_run_ends_with_the_same_bytes(stage, point, inputs, undisturbed, tmp_path):
+    prepare = {
+        "after a step": die_after_step(5),
+        "in half a save": die_in_half_a_save,
+        "in the final model": die_in_the_model(stage),
+    }[point]
+    expected = undisturbed(stage)
+    assert run_in_child(stage, inputs, tmp_path, prepare) == -signal.SIGKILL
+    left = {path.name for path in (tmp_path / stage / "checkpoints").iterdir()}
+    assert (
+        left
+        == {
+            "after a step": {"step-000002", "step-000004"},
+            "in half a save": {"step-000002", ".tmp-step-000004"},
+            "in the final model": {"step-000004", "step-000006"},
+        }[point]
+    )
+    assert run_in_child(stage, inputs, tmp_path) == 0
+    assert contents(tmp_path) == contents(expected)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_run_told_to_stop_does_so_at_the_step_boundary_and_goes_on_from_there(
+    stage, inputs, undisturbed, tmp_path
+):
+    expected = undisturbed(stage)
+
+    def prepare():
+        # While step 3 is being logged: not a step with a checkpoint of its own.
+        send_self(signal.SIGTERM, MetricsLog, "log", 5)
+
+    assert run_in_child(stage, inputs, tmp_path, prepare) == 128 + signal.SIGTERM
+    assert len((tmp_path / stage / "metrics.jsonl").read_text().splitlines()) == 3
+    left = {path.name for path in (tmp_path / stage / "checkpoints").iterdir()}
+    assert left == {"step-000002", "step-000003"}
+    assert run_in_child(stage, inputs, tmp_path) == 0
+    assert contents(tmp_path) == contents(expected)
+
+
+def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bytes(
+    inputs, undisturbed, tmp_path
+):
+    # Before the first checkpoint, twice after a resume, and in the save after that.
+    expected = undisturbed("ppo")
+    for prepare in (die_after_step(1), die_after_step(3), die_after_step(2), die_in_half_a_save):
+        assert run_in_child("ppo", inputs, tmp_path, prepare) == -signal.SIGKILL
+    assert run_in_child("ppo", inputs, tmp_path) == 0
+    assert contents(tmp_path) == contents(expected)
+
+
+def test_a_flipped_byte_in_the_newest_checkpoint_is_passed_over_for_the_one_before(
+    inputs, undisturbed, tmp_path, caplog
+):
+    expected = undisturbed("ppo")
+    assert run_in_child("ppo", inputs, tmp_path, die_after_step(5)) == -signal.SIGKILL
+    newest = tmp_path / "ppo" / "checkpoints" / "step-000004" / "tensors.safetensors"
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 2] ^= 1
+    newest.write_bytes(content)
+    with caplog.at_level(logging.WARNING):
+        run("ppo", inputs, tmp_path)
+    assert "passing over the damaged checkpoint" in caplog.text
+    assert "step-000004: tensors.safetensors does not match its hash" in caplog.text
+    assert contents(tmp_path) == contents(expected)
+
+
+def test_the_undisturbed_ppo_run_uses_what_a_resume_must_bring_back(undisturbed):
+    # Otherwise equal bytes would say little: the controller moves and a checkpoint is selected.
+    out = undisturbed("ppo")
+    rows = [json.loads(line) for line in (out / "ppo" / "metrics.jsonl").open()]
+    assert len({row["ppo/kl_coef"] for row in rows}) == STEPS
+    assert rows[-1]["ppo/sequence_kl"] > 0.01
+    assert any(row["ppo/validation_eligible"] for row in rows[:4])
+    assert json.loads((out / "summary.json").read_text())["ppo"]["selected_step"] < STEPS
