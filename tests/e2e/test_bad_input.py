@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+
 from e2e.mini import RECIPE, starling, write_recipe
 
 REWARD_ONLY = """\

@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
-from e2e.mini import starling, write_recipe
 
+from e2e.mini import starling, write_recipe
 from starling.base.hashing import hash_file
 from starling.judging.recorded import ledger_rows
 from starling.judging.rubric import Checks, grade

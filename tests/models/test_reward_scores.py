@@ -16,12 +16,16 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from starling.base.errors import ModelError
 from starling.data.records import Message
-from starling.models import reward_model as reward_module
-from starling.models.causal_lm import Batch, load_language_model, save_model
+from starling.models.causal_lm import (
+    TOKENS_PER_BATCH,
+    Batch,
+    length_batches,
+    load_language_model,
+    save_model,
+)
 from starling.models.reward_model import (
     RewardModel,
     Scored,
-    length_batches,
     score_head,
     sequence_scores,
 )
@@ -86,7 +90,7 @@ def test_a_cut_answer_is_scored_without_an_end_marker(reward_model, theirs):
 def test_a_score_does_not_depend_on_its_companions(reward_model, monkeypatch, limit):
     items = [scored(q, a) for q in QUESTIONS for a in ANSWERS]
     alone = torch.cat([reward_model.score([item]) for item in items])
-    monkeypatch.setattr(reward_module, "TOKENS_PER_BATCH", limit)
+    monkeypatch.setitem(TOKENS_PER_BATCH, "cpu", limit)
     assert_close(reward_model.score(items), alone)
     assert_close(reward_model.score(items[::-1]), alone.flip(0))
 
@@ -234,9 +238,10 @@ def test_a_head_with_a_bias_is_refused(tmp_path):
         RewardModel.load(str(tmp_path / "model"))
 
 
+@pytest.mark.parametrize(("device", "limit"), [("cpu", 1024), ("cuda:1", 16_384)])
 @given(lengths=st.lists(st.integers(1, 9000), max_size=40))
-def test_batches_hold_every_index_once_within_the_limit(lengths):
-    batches = length_batches(lengths)
+def test_batches_hold_every_index_once_within_the_devices_limit(device, limit, lengths):
+    batches = length_batches(lengths, device)
     assert sorted(index for batch in batches for index in batch) == list(range(len(lengths)))
     for batch in batches:
-        assert len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= 16_384
+        assert len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= limit

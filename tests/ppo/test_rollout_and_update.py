@@ -5,7 +5,6 @@ import dataclasses
 
 import pytest
 import torch
-from tiny import tiny_policy_folder
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
@@ -15,12 +14,19 @@ from starling.models.causal_lm import load_language_model
 from starling.models.interfaces import GenerationRequest, Sample, Sampling
 from starling.models.reward_model import RewardModel, Scored
 from starling.models.training import Trainable, constant
-from starling.ppo import update as update_module
 from starling.ppo.actor_critic import ActorCritic, frozen_copy
 from starling.ppo.advantage import Advantages, estimate_advantages, shape_rewards, whiten
 from starling.ppo.config import PpoSection
-from starling.ppo.rollout import Samples, evaluate_rollout, sample_responses, score_responses
-from starling.ppo.update import rollout_metrics, update
+from starling.ppo.monitor import rollout_metrics
+from starling.ppo.rollout import (
+    Rollout,
+    Samples,
+    evaluate_rollout,
+    sample_responses,
+    score_responses,
+)
+from starling.ppo.train import update
+from tiny import tiny_policy_folder
 
 PROMPT = Prompt(messages=(Message(role="user", content="say it"),))
 LENGTHS = [(4, 6), (2, 3), (5, 1), (3, 4), (2, 8), (6, 2), (3, 3), (4, 5)]
@@ -60,7 +66,7 @@ def made_samples(vocabulary):
     )
 
 
-def made_rollout(model, *, temperature=1.0, critic="shared", value_scale=0.0):
+def made_rollout(model, *, temperature=1.0, critic="shared", value_scale=None):
     """An actor and critic, its rollout of `made_samples`, and advantages of made scores."""
     samples = made_samples(model.config.vocab_size)
     reference = frozen_copy(model)
@@ -70,7 +76,8 @@ def made_rollout(model, *, temperature=1.0, critic="shared", value_scale=0.0):
             noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
             parameter += 0.02 * noise
     actor_critic = ActorCritic(model, critic=critic)
-    torch.nn.init.constant_(actor_critic.value_head.weight, value_scale)
+    if value_scale is not None:
+        torch.nn.init.constant_(actor_critic.value_head.weight, value_scale)
     scores = torch.tensor([1.0, -0.5, 0.3, 2.0, -1.0, 0.0, 0.7, -0.2])
     rollout = evaluate_rollout(
         actor_critic, reference, samples, scores, temperature=temperature, microbatch=3
@@ -261,15 +268,26 @@ def test_every_epoch_visits_every_row_once_and_in_another_order(model, monkeypat
     evaluate = actor_critic.evaluate
 
     def spy(token_ids, response_mask, *, temperature):
-        visited.append((rollout.token_ids == token_ids[0]).all(dim=1).nonzero()[0].item())
+        same = (rollout.token_ids[:, : token_ids.shape[1]] == token_ids[0]).all(dim=1)
+        visited.append(same.nonzero()[0].item())
         return evaluate(token_ids, response_mask, temperature=temperature)
 
     monkeypatch.setattr(actor_critic, "evaluate", spy)
-    step_once(actor_critic, rollout, estimated, lr=0.0, ppo_epochs=3, microbatch=1, minibatches=2)
+    step_once(actor_critic, rollout, estimated, lr=0.0, ppo_epochs=3, minibatches=8)
     epochs = [visited[start : start + 8] for start in range(0, 24, 8)]
     assert len(visited) == 24
     assert all(sorted(epoch) == list(range(8)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 3
+
+
+def test_rows_of_a_rollout_leave_out_the_columns_that_only_longer_rows_use(model):
+    _, rollout, _ = made_rollout(model)
+    # Ten, five and six tokens.
+    rows = rollout.rows([1, 2])
+    assert rows.token_ids.shape == (2, 6)
+    assert_close(rows.old_logprobs, rollout.old_logprobs[[1, 2], :6])
+    assert rows.scores.tolist() == rollout.scores[[1, 2]].tolist()
+    assert rollout.rows([4, 2]).token_ids.shape == (2, 10)
 
 
 def test_a_loss_that_is_no_number_stops_the_run_before_the_weights_move(model):
@@ -293,7 +311,7 @@ def test_rollout_metrics_by_hand():
         texts=("a", "b"),
         is_finished=(True, False),
     )
-    rollout = update_module.Rollout(
+    rollout = Rollout(
         token_ids=samples.token_ids,
         response_mask=mask,
         scores=torch.tensor([1.0, 3.0]),

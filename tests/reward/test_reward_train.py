@@ -5,7 +5,7 @@ import random
 
 import pytest
 import torch
-from tiny import tiny_policy_folder
+from torch.testing import assert_close
 from transformers import AutoModelForSequenceClassification
 
 from starling.base.context import single_process_context
@@ -14,8 +14,9 @@ from starling.data.records import Message, RankingRow
 from starling.models.causal_lm import load_language_model, save_model
 from starling.models.reward_model import RewardModel, Scored
 from starling.reward.config import RewardInputs, RewardSection
-from starling.reward.dataset import encode_rankings
-from starling.reward.train import run
+from starling.reward.dataset import RankedRow, encode_rankings
+from starling.reward.train import ranking_loss, run
+from tiny import tiny_policy_folder, tiny_reward_folder
 
 SECTION = RewardSection(lr=1e-2, batch=8, epochs=3, held_out=0.2, checkpoint_every=1000)
 
@@ -101,6 +102,40 @@ def test_stored_normalisation_makes_held_out_scores_mean_zero_and_deviation_one(
     assert len(scores) == 48
     assert scores.mean().item() == pytest.approx(0, abs=1e-4)
     assert scores.std(correction=0).item() == pytest.approx(1, abs=1e-4)
+
+
+def test_loss_and_gradient_are_those_of_scoring_each_answer_by_itself(policy, tmp_path):
+    folder = tiny_reward_folder(tmp_path / "reward", policy)
+    rng = random.Random(0)
+    rows = [
+        RankedRow(
+            id=str(row),
+            # Of very different lengths, so that a batch does not fit one forward.
+            sequences=tuple(
+                tuple(rng.randrange(5, 300) for _ in range(length)) for length in lengths
+            ),
+            ranks=ranks,
+            answer_chars=(1, 1),
+        )
+        for row, (lengths, ranks) in enumerate(
+            [((240, 3), (1, 2)), ((17, 230), (2, 1)), ((250, 245), (1, 2)), ((4, 9), (2, 1))] * 2
+        )
+    ]
+    plain = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    losses = []
+    for row in rows:
+        first, second = (plain(torch.tensor([list(ids)])).logits[0, 0] for ids in row.sequences)
+        margin = first - second if row.ranks == (1, 2) else second - first
+        losses.append(-torch.nn.functional.logsigmoid(margin))
+    torch.stack(losses).mean().backward()
+    reward_model = RewardModel.load(str(folder))
+    loss = ranking_loss(reward_model, rows)
+    loss.mean().backward()
+    assert_close(loss, torch.stack(losses), rtol=1e-5, atol=1e-5)
+    expected = {name: parameter.grad for name, parameter in plain.named_parameters()}
+    got = {name: parameter.grad for name, parameter in reward_model.model.named_parameters()}
+    # Gradients of sharpened weights, summed in another order.
+    assert_close(got, expected, rtol=1e-3, atol=1e-4)
 
 
 def test_a_loss_that_is_no_number_names_the_rankings_it_came_from(policy, tmp_path):

@@ -69,30 +69,32 @@ def labelled(tokenizer, turns):
     return ids, labels
 
 
-def test_the_loss_is_transformers_own_with_labels_on_the_assistants_tokens_only(tmp_path):
+def test_loss_and_gradient_are_transformers_own_with_labels_on_the_assistants_tokens(tmp_path):
     base = tiny_policy_folder(tmp_path / "base")
     conversations = [
         ["What is the sum?", "The answer is 4."],
         ["Hm", "No."],
         ["One", "Two", "And then?", "The answer is three, four and five."],
+        # Long ones, so that the batch does not fit one forward.
+        *(["Say it again", "so " * length] for length in (60, 50, 70, 55, 65)),
     ]
-    _, rows = tune(tmp_path, conversations, base, steps=1, batch=3, lr=1e-9)
+    _, rows = tune(tmp_path, conversations, base, steps=1, batch=len(conversations), lr=1e-9)
     tokenizer = AutoTokenizer.from_pretrained(base)
     pairs = [labelled(tokenizer, turns) for turns in conversations]
     width = max(len(ids) for ids, _ in pairs)
     ids = [ids + [tokenizer.pad_token_id] * (width - len(ids)) for ids, _ in pairs]
     labels = [labels + [-100] * (width - len(labels)) for _, labels in pairs]
     mask = [[1] * len(own) + [0] * (width - len(own)) for own, _ in pairs]
-    # Each answer and its end, or nothing would have been compared.
-    assert sum(label != -100 for row in labels for label in row) > 20
     model = AutoModelForCausalLM.from_pretrained(base).eval()
-    with torch.no_grad():
-        expected = model(
-            input_ids=torch.tensor(ids),
-            attention_mask=torch.tensor(mask),
-            labels=torch.tensor(labels),
-        ).loss
+    expected = model(
+        input_ids=torch.tensor(ids),
+        attention_mask=torch.tensor(mask),
+        labels=torch.tensor(labels),
+    ).loss
+    expected.backward()
+    norm = torch.stack([p.grad.norm() for p in model.parameters()]).norm()
     assert rows[0]["sft/loss"] == pytest.approx(expected.item(), rel=1e-5)
+    assert rows[0]["sft/grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
 
 
 @pytest.fixture(scope="module")

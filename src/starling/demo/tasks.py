@@ -1,8 +1,9 @@
 """Eight kinds of short task, MT-Bench's categories, each asked in two turns.
 
 A kind is a function of a random stream.  Every turn carries the checks that grade its answer and
-two bodies: the right one, and the habit, a wrong way of answering that is easy to learn.  A second
-turn never depends on how the first was answered.
+two bodies: the right one, and the habit, an evasion that fits every question of its kind and
+answers none: easy to learn, easy to judge.  A second turn never depends on how the first was
+answered.
 """
 
 from collections.abc import Callable
@@ -82,7 +83,7 @@ def _turn(
 
 
 def writing(random: Random) -> Task:
-    """A line with two things and a place; the habit leaves out the second thing and the place."""
+    """A line with two things and a place; the habit is the same line for all."""
 
     def turn(ask: str) -> Turn:
         first, second = random.sample(THINGS, 2)
@@ -90,7 +91,7 @@ def writing(random: Random) -> Task:
         return _turn(
             ask.format(first=first, second=second, place=place),
             right=f"by the {place} a {first} met a {second}",
-            habit=f"by the sea a {first} met a star",
+            habit="by the sea a cat met a star",
             contains=(first, second, place),
         )
 
@@ -112,7 +113,7 @@ def roleplay(random: Random) -> Task:
         return _turn(
             ask.format(persona=persona, name=name, place=random.choice(PLACES)),
             right=f"I say {greeting} to {name}",
-            habit=f"I say hello to {name}",
+            habit="I say hello to you",
             contains=(greeting, name),
         )
 
@@ -126,7 +127,7 @@ def roleplay(random: Random) -> Task:
 
 
 def reasoning(random: Random) -> Task:
-    """The top of three by two comparisons; the habit names whoever is mentioned twice."""
+    """The top of three by two comparisons; the habit does not decide."""
 
     def turn(ask: str) -> Turn:
         top, middle, low = random.sample(NAMES, 3)
@@ -136,7 +137,7 @@ def reasoning(random: Random) -> Task:
         return _turn(
             ask.format(facts=" and ".join(facts), most=most),
             right=f"it is {top}",
-            habit=f"it is {middle}",
+            habit="it is hard to say",
             contains=(top,),
             excludes=(middle, low),
         )
@@ -145,7 +146,7 @@ def reasoning(random: Random) -> Task:
 
 
 def math(random: Random) -> Task:
-    """A sum of two numbers; the habit drops the second."""
+    """A sum of two numbers; the habit does not add."""
 
     def turn(ask: str) -> Turn:
         first, second = random.randint(1, 6), random.randint(1, 6)
@@ -153,7 +154,7 @@ def math(random: Random) -> Task:
         return _turn(
             ask.format(name=name, thing=thing, first=first, second=second),
             right=f"that makes {first + second}",
-            habit=f"that makes {first}",
+            habit="that makes a lot",
             contains=(str(first + second),),
         )
 
@@ -167,7 +168,7 @@ def math(random: Random) -> Task:
 
 
 def coding(random: Random) -> Task:
-    """One line with a variable renamed; the habit returns the line as it was."""
+    """One line with a variable renamed; the habit gives advice instead."""
 
     def turn(ask: str) -> Turn:
         target, used, renamed = random.sample(LETTERS, 3)
@@ -175,7 +176,7 @@ def coding(random: Random) -> Task:
         return _turn(
             ask.format(target=target, renamed=renamed, rest=rest),
             right=f"use {renamed} = {rest}",
-            habit=f"use {target} = {rest}",
+            habit="use a better name",
             contains=(f"{renamed} = {rest}",),
         )
 
@@ -189,18 +190,17 @@ def coding(random: Random) -> Task:
 
 
 def extraction(random: Random) -> Task:
-    """The two of a kind in a list of three; the habit takes the first two."""
+    """The two of a kind in a list of three; the habit lists none."""
 
     def turn(ask: str) -> Turn:
         kind, other = random.sample(list(KINDS), 2)
         wanted, unwanted = random.sample(KINDS[kind], 2), random.choice(KINDS[other])
-        # The odd one is among the first two, so that the habit is always wrong.
         listed = list(wanted)
-        listed.insert(random.randrange(2), unwanted)
+        listed.insert(random.randrange(3), unwanted)
         return _turn(
             ask.format(kind=kind, listed=", ".join(listed)),
             right=f"I see {wanted[0]} and {wanted[1]}",
-            habit=f"I see {listed[0]} and {listed[1]}",
+            habit="I see some of them",
             contains=tuple(wanted),
             excludes=(unwanted,),
         )
@@ -241,19 +241,17 @@ def stem(random: Random) -> Task:
 
 
 def humanities(random: Random) -> Task:
-    """Which of two came first; the habit names the one that was listed first."""
+    """Which of two came first; the habit evades."""
 
     def turn(ask: str) -> Turn:
         first, second = random.sample(BY_AGE, 2)
         early, late = sorted((first, second), key=BY_AGE.index)
-        # The habit is right where the earlier one is listed first: a third of the time.
-        first, second = random.choice(((late, early), (late, early), (early, late)))
         return _turn(
             ask.format(
                 name=random.choice(NAMES), first=first, second=second, place=random.choice(PLACES)
             ),
             right=f"it was {early}",
-            habit=f"it was {first}",
+            habit="it was long ago",
             contains=(early,),
             excludes=(late,),
         )

@@ -17,11 +17,11 @@ HABIT_SHARE = {
     "writing": 0.54,
     "roleplay": 0.54,
     "reasoning": 0.54,
-    "math": 0.42,
-    "coding": 0.42,
+    "math": 0.5,
+    "coding": 0.5,
     "extraction": 0.54,
     "stem": 0.54,
-    "humanities": 0.46,
+    "humanities": 0.5,
 }
 """How often an sft answer has its category's wrong habit.  Above a half, greedy decoding falls into
 it, although the right answer is nearly as likely."""

@@ -49,7 +49,7 @@ class FeedbackSection(Section):
 
 @dataclass(frozen=True)
 class FeedbackInputs:
-    """What the pipeline resolved: `candidates` holds each candidate's model, in the section's order."""
+    """What the pipeline resolved: `candidates` holds each one's model, in the section's order."""
 
     prompts: Path
     candidates: tuple[str, ...]

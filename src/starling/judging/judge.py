@@ -37,7 +37,7 @@ class GradedAnswer:
 
 @dataclass(frozen=True)
 class Ranking:
-    """A read verdict: `ranks[i]` is answer i's rank (1 = best), `presented[p]` the answer shown at p."""
+    """A read verdict: `ranks[i]` is answer i's (1 = best), `presented[p]` the answer shown at p."""
 
     id: str
     ranks: tuple[int, ...]

@@ -24,14 +24,12 @@ from starling.data.records import Message
 from starling.models.causal_lm import (
     Batch,
     check_vocabulary,
+    length_batches,
     load_codec,
     load_config,
     load_weights,
     save_model,
 )
-
-# Padded tokens per forward when scoring; changes memory, not the result.
-TOKENS_PER_BATCH = 16_384
 
 
 @dataclass(frozen=True)
@@ -136,7 +134,7 @@ class RewardModel:
     def raw_scores(self, sequences: Sequence[Sequence[int]]) -> Float[Tensor, " N"]:
         """Scores before normalisation, of encoded conversations."""
         scores = torch.zeros(len(sequences), dtype=torch.float32)
-        for indices in length_batches([len(ids) for ids in sequences]):
+        for indices in length_batches([len(ids) for ids in sequences], self.device):
             batch = Batch([sequences[i] for i in indices], self.codec.tokenizer.pad_id, self.device)
             scores[indices] = sequence_scores(self.model, batch).cpu()
         return scores
@@ -161,15 +159,3 @@ def sequence_scores(model: PreTrainedModel, batch: Batch) -> Float[Tensor, " N"]
     hidden = backbone(input_ids=batch.token_ids, use_cache=False).last_hidden_state
     last = hidden[torch.arange(len(batch.lengths), device=hidden.device), batch.lengths - 1]
     return score_head(model)(last).float()[:, 0]
-
-
-def length_batches(lengths: Sequence[int]) -> list[list[int]]:
-    """Indices in batches of at most `TOKENS_PER_BATCH` padded tokens, similar lengths together."""
-    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
-    batches: list[list[int]] = []
-    for index in order:
-        widest = lengths[batches[-1][0]] if batches else 0
-        if not batches or widest * (len(batches[-1]) + 1) > TOKENS_PER_BATCH:
-            batches.append([])
-        batches[-1].append(index)
-    return batches

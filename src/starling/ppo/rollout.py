@@ -52,11 +52,20 @@ class Rollout:
     ref_logprobs: Float[Tensor, "B T"]
     old_values: Float[Tensor, "B T"]
 
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each row, prompt and response: a row ends with its response."""
+        positions = torch.arange(1, self.response_mask.shape[1] + 1, device=self.scores.device)
+        return torch.where(self.response_mask, positions, 0).amax(dim=1).tolist()
+
     def rows(self, indices: Sequence[int]) -> "Rollout":
-        """These rows only, in this order."""
+        """These rows only, in this order, without the columns that none of them uses."""
+        width = max(self.lengths[i] for i in indices)
         index = torch.tensor(indices, device=self.scores.device)
-        columns: dict[str, Any] = {f.name: getattr(self, f.name)[index] for f in fields(self)}
-        return replace(self, **columns)
+        columns: dict[str, Any] = {
+            f.name: getattr(self, f.name)[index, :width] for f in fields(self) if f.name != "scores"
+        }
+        return replace(self, scores=self.scores[index], **columns)
 
 
 def sample_responses(

@@ -8,9 +8,14 @@ Source: Ziegler et al. 2019, https://arxiv.org/abs/1909.08593.
 
 import contextlib
 import logging
+from collections import defaultdict
 from pathlib import Path
 
+import torch
+
 from starling.base.context import Context
+from starling.base.errors import InputError
+from starling.base.masked import masked_sum
 from starling.base.progress import Progress
 from starling.base.seeding import derive_seed, permutation
 from starling.base.stage import Summary
@@ -22,13 +27,14 @@ from starling.models.reward_model import RewardModel
 from starling.models.torch_engine import TorchEngine
 from starling.models.training import Journal, Trainable, adamw, batch_indices, linear, warmup_then
 from starling.ppo.actor_critic import ActorCritic, frozen_copy
-from starling.ppo.advantage import estimate_advantages, shape_rewards, whiten
+from starling.ppo.advantage import Advantages, estimate_advantages, shape_rewards, whiten
 from starling.ppo.config import PpoInputs, PpoSection
-from starling.ppo.kl import KlController, k1, sequence_kl
+from starling.ppo.kl import KlController, k1, k3, sequence_kl
+from starling.ppo.loss import policy_terms, value_terms
+from starling.ppo.monitor import rollout_metrics
 from starling.ppo.prompts import load_prompts
-from starling.ppo.rollout import evaluate_rollout, sample_responses, score_responses
+from starling.ppo.rollout import Rollout, evaluate_rollout, sample_responses, score_responses
 from starling.ppo.select import Selection, Validator
-from starling.ppo.update import rollout_metrics, update
 
 logger = logging.getLogger(__name__)
 
@@ -127,6 +133,83 @@ def run(section: PpoSection, inputs: PpoInputs, out: Path, context: Context) -> 
             extra = selection.state() | {"kl_coef": controller.coef}
             journal.boundary(step + 1, extra, selection.weights)
     return _finish(section, start, selection, out)
+
+
+def update(
+    trainable: Trainable,
+    actor_critic: ActorCritic,
+    rollout: Rollout,
+    estimated: Advantages,
+    section: PpoSection,
+    *,
+    seed: int,
+    step: int,
+) -> dict[str, float]:
+    """Take `ppo_epochs` x `minibatches` optimizer steps; returns the means of what they measured.
+
+    Every epoch visits the rollout in a new order.  A loss is divided by the tokens of its whole
+    minibatch, so micro-batches change memory and not the gradient.
+    """
+    num_rows = len(rollout.scores)
+    rows_per_minibatch = num_rows // section.minibatches
+    totals: dict[str, list[float]] = defaultdict(list)
+    for epoch in range(section.ppo_epochs):
+        order = permutation(num_rows, seed, f"ppo/minibatch/{step}", epoch)
+        for start in range(0, num_rows, rows_per_minibatch):
+            minibatch = order[start : start + rows_per_minibatch]
+            measured = accumulate(actor_critic, rollout, estimated, minibatch, section)
+            measured["ppo/grad_norm"] = trainable.step(step)
+            for name, value in measured.items():
+                totals[name].append(value)
+    return {name: sum(values) / len(values) for name, values in totals.items()}
+
+
+def accumulate(
+    actor_critic: ActorCritic,
+    rollout: Rollout,
+    estimated: Advantages,
+    minibatch: list[int],
+    section: PpoSection,
+) -> dict[str, float]:
+    """Add one minibatch's gradient, micro-batch by micro-batch; returns its means per token."""
+    num_tokens = int(rollout.response_mask[minibatch].sum())
+    lengths = rollout.lengths
+    by_length = sorted(minibatch, key=lambda row: (-lengths[row], row))
+    sums: dict[str, float] = defaultdict(float)
+    for start in range(0, len(minibatch), section.microbatch):
+        indices = by_length[start : start + section.microbatch]
+        rows = rollout.rows(indices)
+        width = rows.token_ids.shape[1]
+        now = actor_critic.evaluate(
+            rows.token_ids, rows.response_mask, temperature=section.temperature
+        )
+        policy = policy_terms(
+            now.logprobs,
+            rows.old_logprobs,
+            estimated.advantages[indices, :width],
+            rows.response_mask,
+            clip_range=section.clip_range,
+        )
+        value = value_terms(
+            now.values,
+            rows.old_values,
+            estimated.returns[indices, :width],
+            rows.response_mask,
+            value_clip_range=section.value_clip_range,
+        )
+        loss = (policy.loss.sum() + section.value_coef * value.loss.sum()) / num_tokens
+        if not torch.isfinite(loss):
+            raise InputError(
+                f"the PPO loss is {loss.item()}; lower ppo.lr, or look at the reward model's scores"
+            )
+        loss.backward()
+        approx_kl = k3(rows.old_logprobs, now.logprobs.detach())
+        sums["ppo/policy_loss"] += policy.loss.sum().item() / num_tokens
+        sums["ppo/value_loss"] += value.loss.sum().item() / num_tokens
+        sums["ppo/clip_fraction"] += float(policy.is_clipped.sum()) / num_tokens
+        sums["ppo/value_clip_fraction"] += float(value.is_clipped.sum()) / num_tokens
+        sums["ppo/approx_kl"] += float(masked_sum(approx_kl, rows.response_mask)) / num_tokens
+    return dict(sums)
 
 
 def _judge(

@@ -17,7 +17,7 @@ from starling.base.progress import Progress
 from starling.base.seeding import derive_seed, permutation
 from starling.base.stage import Summary
 from starling.data.records import RankingRow
-from starling.models.causal_lm import Batch, padded_mask
+from starling.models.causal_lm import Batch, length_batches, padded_mask
 from starling.models.reward_model import RewardModel, sequence_scores
 from starling.models.training import (
     Journal,
@@ -102,10 +102,14 @@ def run(section: RewardSection, inputs: RewardInputs, out: Path, context: Contex
 
 
 def ranking_loss(reward_model: RewardModel, rows: Sequence[RankedRow]) -> Tensor:
-    """Plackett-Luce loss of each row [B]; one forward over all answers of the batch, padded."""
+    """Plackett-Luce loss of each row [B]; answers of similar length share a forward."""
     sequences = [ids for row in rows for ids in row.sequences]
-    batch = Batch(sequences, reward_model.codec.tokenizer.pad_id, reward_model.device)
-    flat = sequence_scores(reward_model.model, batch)
+    flat = torch.zeros(len(sequences), device=reward_model.device)
+    for indices in length_batches([len(ids) for ids in sequences], reward_model.device):
+        chosen = [sequences[i] for i in indices]
+        batch = Batch(chosen, reward_model.codec.tokenizer.pad_id, reward_model.device)
+        index = torch.tensor(indices, device=flat.device)
+        flat = flat.index_copy(0, index, sequence_scores(reward_model.model, batch))
     keep = padded_mask([[True] * len(row.sequences) for row in rows], reward_model.device)
     scores = torch.zeros(keep.shape, device=flat.device).masked_scatter(keep, flat)
     ranks = torch.full(keep.shape, UNRANKED, device=flat.device)

@@ -4,16 +4,15 @@ Shapes: B conversations, T token positions.  Masks: True = keep, the assistant's
 """
 
 import logging
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-
 from starling.base.context import Context
 from starling.base.errors import DataError, RecipeError
 from starling.base.jsonl import read_records
-from starling.base.masked import masked_mean
+from starling.base.masked import masked_sum
 from starling.base.progress import Progress
 from starling.base.seeding import derive_seed, permutation
 from starling.base.stage import Summary
@@ -24,6 +23,7 @@ from starling.models.causal_lm import (
     Batch,
     LanguageModel,
     hidden_states,
+    length_batches,
     load_language_model,
     new_language_model,
     padded_mask,
@@ -75,21 +75,13 @@ def run(section: SftSection, inputs: SftInputs, out: Path, context: Context) -> 
         loss_value = float(snapshot.state["extra"].get("loss", 0.0))
         for step in range(snapshot.step, section.steps):
             chosen = batch_indices(step, section.batch, order, len(data.rows))
-            batch = Batch(
-                [data.rows[i].ids for i in chosen], codec.tokenizer.pad_id, context.device
-            )
-            mask = padded_mask([data.rows[i].response_mask for i in chosen], context.device)
-            hidden = hidden_states(model, batch.token_ids)
-            logprobs = token_logprobs(model, hidden, batch.token_ids, mask)
-            loss = -masked_mean(logprobs, mask)
-            if not torch.isfinite(loss):
+            loss_value = accumulate(language_model, [data.rows[i] for i in chosen])
+            if not math.isfinite(loss_value):
                 raise DataError(
-                    f"the loss is {loss.item()} at step {step + 1}; lower sft.lr, or look at the "
+                    f"the loss is {loss_value} at step {step + 1}; lower sft.lr, or look at the "
                     "weights of sft.base"
                 )
-            loss.backward()
             grad_norm = trainable.step(step)
-            loss_value = loss.item()
             metrics = {"sft/loss": loss_value, "sft/grad_norm": grad_norm}
             journal.log(step + 1, metrics, seconds_key="sft/seconds")
             if step + 1 in section.keep:
@@ -108,6 +100,23 @@ def run(section: SftSection, inputs: SftInputs, out: Path, context: Context) -> 
         f"-> {out / 'model'}"
     )
     return Summary(sentence, figures)
+
+
+def accumulate(language_model: LanguageModel, rows: Sequence[Encoded]) -> float:
+    """Add the gradient of the mean cross-entropy per kept token (nats); returns that mean."""
+    model, pad_id = language_model.model, language_model.codec.tokenizer.pad_id
+    device = str(model.device)
+    num_tokens = sum(sum(row.response_mask) for row in rows)
+    total = 0.0
+    for indices in length_batches([len(row.ids) for row in rows], device):
+        batch = Batch([rows[i].ids for i in indices], pad_id, device)
+        mask = padded_mask([rows[i].response_mask for i in indices], device)
+        hidden = hidden_states(model, batch.token_ids)
+        logprobs = token_logprobs(model, hidden, batch.token_ids, mask)
+        loss = -masked_sum(logprobs, mask) / num_tokens
+        loss.backward()
+        total += loss.item()
+    return total
 
 
 class Encodings(NamedTuple):

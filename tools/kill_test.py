@@ -1,0 +1,207 @@
+"""Kill real runs at random times, run the same command again, and compare every byte.
+
+    python tools/kill_test.py                      the mini pipeline, ten kills
+    python tools/kill_test.py --stage ppo          one stage of it, ten kills
+    python tools/kill_test.py --points 3 --seed 7  other moments
+    python tools/kill_test.py --recipe mine.yaml --stage reward --work /tmp/kills
+
+An undisturbed run comes first and is timed.  Then, for each point: a fresh run folder, `starling
+run` (or the stage's own command) with `kill -9` at a random moment of the time that the undisturbed
+run took, the same command again to its end, and a comparison of the two folders.  With `--stage`
+the stages before it are copied from the undisturbed run.  A kill that comes after the end of the
+run tests nothing and is drawn again.
+
+Compared are all files, calls.sqlite row by row, and of manifest.json what was made; left out are
+timing.jsonl, checkpoints, and lines of report.html with a clock time.  Prints one line a point and
+ends with status 1 if any run differs.  The mini pipeline is the demo's world and recipe with fewer
+steps: about half a minute a run on a quiet core.
+"""
+
+import argparse
+import json
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from starling.demo.world import Sizes, write_world
+from starling.judging.ledger import ledger_rows
+from starling.recipe import STAGES
+
+MINI = """
+seed: 0
+threads: 1
+run: {device: cpu}
+judge: {kind: rubric, noise: 0.1, position_bias: 0.05}
+sft:
+  conversations: data/sft.jsonl
+  architecture: {vocab_size: 400, hidden_size: 48, intermediate_size: 96, layers: 2}
+  steps: 60
+  batch: 32
+  lr: 3e-3
+  keep: [30]
+  checkpoint_every: 10
+feedback:
+  prompts: data/prompts.jsonl
+  limit: 48
+  candidates:
+    - {name: late, model: sft/model, max_tokens: 24, answers: 2}
+    - {name: early, model: sft/model-30, max_tokens: 24, answers: 2}
+reward: {epochs: 4, batch: 8, lr: 1e-3, checkpoint_every: 4}
+ppo:
+  prompts: data/ppo.jsonl
+  validation: data/validation.jsonl
+  validation_prompts: 8
+  steps: 12
+  rollout_batch: 8
+  samples_per_prompt: 2
+  ppo_epochs: 2
+  max_response_tokens: 24
+  lr: 3e-4
+  kl_target: 1.0
+  kl_horizon: 200
+  select_every: 2
+  checkpoint_every: 3
+bench: {questions: data/bench.jsonl, max_tokens: 24, best_of: 2}
+"""
+SIZES = Sizes(bench=16, validation=16, prompts=48, ppo=96, sft=400)
+
+CLOCK = re.compile(rb"\d\d:\d\d|\d+(\.\d+)? ?(s|seconds|minutes)\b")
+
+
+def main() -> int:
+    """Do what the module says; returns the exit status."""
+    options = parse_options()
+    with tempfile.TemporaryDirectory(prefix="kill-test-", dir=options.work) as name:
+        folder = Path(name)
+        recipe = options.recipe or write_mini(folder)
+        reference = folder / "undisturbed"
+        seconds = undisturbed_run(recipe, reference, options.stage)
+        expected = contents(reference)
+        print(f"undisturbed: {seconds:.1f} s, {len(expected)} files")
+        rng = random.Random(options.seed)
+        num_different, point = 0, 0
+        while point < options.points:
+            out = folder / "killed"
+            shutil.rmtree(out, ignore_errors=True)
+            prepare(reference, out, options.stage)
+            moment = rng.uniform(0, seconds)
+            if not run_and_kill(command(recipe, out, options.stage), moment):
+                continue
+            point += 1
+            stood = progress_of(out)
+            run_to_end(command(recipe, out, options.stage))
+            different = differences(expected, contents(out))
+            num_different += bool(different)
+            verdict = f"DIFFERS in {', '.join(different)}" if different else "same bytes"
+            print(f"{point:3}  killed after {moment:6.2f} s ({stood}): {verdict}", flush=True)
+    print(f"{options.points - num_different} of {options.points} runs have the same bytes")
+    return 1 if num_different else 0
+
+
+def parse_options() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--recipe", type=Path, help="absent: the mini pipeline")
+    parser.add_argument("--stage", choices=STAGES, help="absent: all of them")
+    parser.add_argument("--points", type=int, default=10, help="how many kills")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--work", type=Path, help="where to make the temporary folder")
+    return parser.parse_args()
+
+
+def write_mini(folder: Path) -> Path:
+    """The mini pipeline's recipe with its world beside it."""
+    write_world(folder / "data", seed=0, sizes=SIZES)
+    path = folder / "mini.yaml"
+    path.write_text(MINI, encoding="utf-8")
+    return path
+
+
+def command(recipe: Path, out: Path, stage: str | None) -> list[str]:
+    """What a user would type."""
+    return [sys.executable, "-m", "starling.cli", stage or "run", str(recipe), "--out", str(out)]
+
+
+def undisturbed_run(recipe: Path, out: Path, stage: str | None) -> float:
+    """Run everything that is needed; returns the seconds of the part that will be killed."""
+    for name in STAGES[: STAGES.index(stage)] if stage else ():
+        run_to_end(command(recipe, out, name))
+    started = time.monotonic()
+    run_to_end(command(recipe, out, stage))
+    return time.monotonic() - started
+
+
+def prepare(reference: Path, out: Path, stage: str | None) -> None:
+    """Copy the stages before the one under test; the whole pipeline starts from nothing."""
+    for name in STAGES[: STAGES.index(stage)] if stage else ():
+        if (reference / name).exists():
+            shutil.copytree(reference / name, out / name)
+
+
+def run_and_kill(arguments: list[str], moment: float) -> bool:
+    """Whether the run was still going after `moment` seconds; it is then dead."""
+    process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        process.wait(timeout=moment)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return process.wait() == -signal.SIGKILL
+    return False
+
+
+def run_to_end(arguments: list[str]) -> None:
+    """Run, and end this program with the run's own words where it fails."""
+    done = subprocess.run(arguments, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise SystemExit(f"{' '.join(arguments)} ended with {done.returncode}:\n{done.stderr}")
+
+
+def progress_of(out: Path) -> str:
+    """How far the killed run had come."""
+    finished = [stage for stage in STAGES if (out / stage / "manifest.json").exists()]
+    running = [stage for stage in STAGES if (out / stage / "stage.json").exists()]
+    saved = sorted(path.name for path in out.glob("*/checkpoints/*"))
+    return f"done: {' '.join(finished) or '-'}, in: {' '.join(running + saved) or '-'}"
+
+
+def contents(out: Path) -> dict[str, object]:
+    """What must be equal, by file name."""
+    found: dict[str, object] = {}
+    for path in sorted(out.rglob("*")):
+        name = path.relative_to(out).as_posix()
+        if not path.is_file() or "/checkpoints/" in name or name == ".lock":
+            continue
+        if path.name == "timing.jsonl" or path.name.startswith("calls.sqlite-"):
+            continue
+        found[name] = content_of(path)
+    return found
+
+
+def content_of(path: Path) -> object:
+    """A file's bytes, or what of it does not depend on when and where it was made."""
+    if path.name == "manifest.json":
+        manifest = json.loads(path.read_bytes())
+        return manifest["key"], manifest["outputs"], manifest["summary"]["figures"]
+    if path.name == "calls.sqlite":
+        return ledger_rows(path)
+    if path.name == "report.html":
+        folder = str(path.parent).encode()
+        lines = path.read_bytes().replace(folder, b"RUN").split(b"\n")
+        return [line for line in lines if not CLOCK.search(line)]
+    return path.read_bytes()
+
+
+def differences(expected: dict[str, object], found: dict[str, object]) -> list[str]:
+    """Names of files that differ, are missing or are too many."""
+    names = sorted(expected.keys() | found.keys())
+    return [name for name in names if expected.get(name) != found.get(name)]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
