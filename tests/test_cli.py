@@ -13,7 +13,7 @@ import pytest
 import starling
 from starling import cli
 from starling.base.errors import CheckpointError, Stopped
-from starling.recipe import packaged_text
+from starling.recipe import load_recipe, packaged_text
 
 RECIPE = """
 policy: org/start
@@ -28,13 +28,22 @@ SUMMARY = {
         "gold": {"sft": {"mean": 0.41, **ESTIMATE}, "ppo": {"mean": 0.72, **ESTIMATE}},
         "gold_greedy": {"sft": {"mean": 0.5, **ESTIMATE}, "ppo": {"mean": 0.8, **ESTIMATE}},
         "gold_correctness": {"sft": {"mean": 0.6, **ESTIMATE}, "ppo": {"mean": 0.7, **ESTIMATE}},
+        "gold_correctness_greedy": {
+            "sft": {"mean": 0.61, **ESTIMATE},
+            "ppo": {"mean": 0.77, **ESTIMATE},
+        },
+        "score": {"sft": {"mean": 4.5, **ESTIMATE}, "ppo": {"mean": 7.25, **ESTIMATE}},
         "win_rate": {"mean": 0.83, **ESTIMATE},
         "tokens_per_answer": {
             "sft": {"mean": 21.5, **ESTIMATE},
             "ppo": {"mean": 20.25, **ESTIMATE},
         },
     },
-    "ppo": {"sequence_kl": {"mean": 0.95, **ESTIMATE}},
+    "ppo": {"sequence_kl": {"mean": 0.95, **ESTIMATE}, "kl_target": 2.0},
+    "reward": {
+        "pair_accuracy": {"mean": 0.83, **ESTIMATE},
+        "length_only_accuracy": {"mean": 0.61, **ESTIMATE},
+    },
 }
 
 
@@ -136,7 +145,7 @@ def test_an_unknown_packaged_recipe_is_refused_with_those_there_are(capsys):
     assert cli.main(["recipe", "dmo"]) == 2
     shown = capsys.readouterr()
     assert shown.out == ""
-    assert "there are demo, laptop, starling-7b-beta. Did you mean demo?" in shown.err
+    assert "Did you mean demo? Packaged are demo, laptop, starling-7b-beta." in shown.err
 
 
 def test_the_resolved_recipe_goes_to_stdout_and_nothing_runs(recipe, runs, capsys):
@@ -160,7 +169,7 @@ def test_entries_of_a_list_are_overridden_by_their_number(runs, capsys):
     assert cli.main(["run", "demo", "--feedback.candidates.1.temperature", "0.25"]) == 0
     assert runs[0][0].feedback.candidates[1].temperature == 0.25
     assert runs[0][0].feedback.candidates[0].temperature == 1.0
-    assert runs[0][0].sft.keep == (100, 200)
+    assert runs[0][0].sft.keep == load_recipe("demo").recipe.sft.keep
 
 
 def test_the_run_folder_is_named_after_the_recipe_unless_it_says_otherwise(recipe, runs):
@@ -178,7 +187,7 @@ def test_a_stages_name_runs_only_that_stage(recipe, runs, stage):
 def test_an_impossible_option_is_refused_with_path_found_and_allowed(recipe, runs, capsys):
     assert cli.main(["run", recipe, "--ppo.kl-coef", "-1"]) == 2
     shown = capsys.readouterr().err
-    assert "  ppo.kl_coef: found -1.0; allowed: a number, at least 0\n" in shown
+    assert "  ppo.kl_coef: found -1.0; Input should be greater than or equal to 0\n" in shown
     assert "pydantic" not in shown
     assert runs == []
 
@@ -266,9 +275,27 @@ def test_the_demo_makes_its_world_once_runs_and_ends_with_what_to_do_next(
     assert lines[-1] == f"Talk to it:  starling chat {out}"
 
 
+@pytest.mark.parametrize("has_best_of", [True, False])
+def test_the_demo_ends_with_its_gains_and_what_they_cost(capsys, has_best_of):
+    bench = SUMMARY["bench"] | {"gold_best_of": {"mean": 0.66, "samples": 16, **ESTIMATE}}
+    cli._print_gains(SUMMARY | {"bench": bench} if has_best_of else SUMMARY)
+    assert capsys.readouterr().out.splitlines() == [
+        "                         sft     ppo",
+        "gold, sampled           0.41    0.72",
+        "gold, greedy            0.50    0.80",
+        "correctness, greedy     0.61    0.77",
+        "judge's score           4.50    7.25",
+        "tokens per answer      21.50   20.25",
+        "win rate                        0.83",
+        "sequence KL: 0.95 nats (target 2)",
+        "reward model: 0.83 of held-out pairs in order (by length alone 0.61)",
+        *(["gold, best of 16 by the reward model: 0.66"] if has_best_of else []),
+    ]
+
+
 def test_a_negative_seed_is_refused(capsys):
     assert cli.main(["demo", "--seed", "-1"]) == 2
-    assert "seed: found -1; allowed: a whole number, at least 0" in capsys.readouterr().err
+    assert "seed: found -1; Input should be greater than or equal to 0" in capsys.readouterr().err
 
 
 def test_a_report_is_written_again(tmp_path, runs, capsys):

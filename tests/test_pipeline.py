@@ -313,7 +313,7 @@ def test_a_missing_input_of_a_late_stage_is_told_before_anything_runs(world):
     assert message.startswith("bench.questions: there is no file 'data/bench.jsonl'")
     assert str(world.out / "data") in message
     assert str(world.folder / "data") in message
-    assert "There is bensch.jsonl," in message
+    assert "holds bensch.jsonl, " in message
 
 
 @pytest.mark.parametrize("model", ["./model", "model", "a/b/c", "/models/x", "sft/model-9"])

@@ -31,11 +31,11 @@ from starling.recipe import (
 
 
 class Command(NamedTuple):
-    """A verb: what follows it, what it does, and the function that parses the rest."""
+    """A verb: what follows it, what it does, and the function whose signature says its options."""
 
     usage: str
     summary: str
-    call: Callable[[str, list[str]], None]
+    call: Callable[..., None]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -62,7 +62,11 @@ def _dispatch(arguments: list[str]) -> None:
     elif verb == "--version":
         print(f"starling {__version__}")
     elif verb in COMMANDS:
-        COMMANDS[verb].call(verb, rest)
+        command = COMMANDS[verb]
+        if command.call in PARSED_BY_ITSELF:
+            command.call(verb, rest)
+        else:
+            parse_options(command.call, verb, rest)
     else:
         near = difflib.get_close_matches(verb, COMMANDS, n=1)
         hint = f"Did you mean {near[0]}?" if near else f"There are {', '.join(COMMANDS)}."
@@ -70,38 +74,24 @@ def _dispatch(arguments: list[str]) -> None:
 
 
 def _overview() -> str:
-    width = max(len(f"{verb} {command.usage}") for verb, command in COMMANDS.items())
-    lines = [
-        f"  {f'{verb} {command.usage}':{width}}  {command.summary}"
-        for verb, command in COMMANDS.items()
-    ]
-    return "\n".join(
-        [
-            "usage: starling COMMAND ...",
-            "",
-            "AI rankings into a better chat model.",
-            "",
-            *lines,
-            "",
-            f"RECIPE is a path, or one of {', '.join(packaged_recipes())}.",
-            "starling run RECIPE --help lists every setting, with the recipe's value.",
-        ]
+    named = {f"{verb} {command.usage}": command.summary for verb, command in COMMANDS.items()}
+    width = max(map(len, named))
+    lines = "\n".join(f"  {usage:{width}}  {summary}" for usage, summary in named.items())
+    return (
+        "usage: starling COMMAND ...\n\nAI rankings into a better chat model.\n\n"
+        f"{lines}\n\nRECIPE is a path, or one of {', '.join(packaged_recipes())}.\n"
+        "starling run RECIPE --help lists every setting, with the recipe's value."
     )
 
 
-def _demo(verb: str, arguments: list[str]) -> None:
-    def parse(*, seed: int = 0, out: Path = Path("runs/demo")) -> tuple[int, Path]:
-        """Run the whole recipe on a small offline world that it makes itself.
+def _demo(*, seed: int = 0, out: Path = Path("runs/demo")) -> None:
+    """Run the whole recipe on a small offline world that it makes itself.
 
-        Args:
-            seed: Another seed makes another world, and another run of everything.
-            out: Run folder; one of another seed is refused.
-        """
-        return seed, out
-
-    seed, out = parse_options(parse, verb, arguments)
-    loaded = load_recipe("demo")
-    tree = loaded.recipe.model_dump(mode="json") | {"seed": seed}
+    Args:
+        seed: Another seed makes another world, and another run of everything.
+        out: Run folder; one of another seed is refused.
+    """
+    tree = load_recipe("demo").recipe.model_dump(mode="json") | {"seed": seed}
     recipe = validate_recipe(tree, "demo")
 
     def make_world() -> None:
@@ -111,8 +101,7 @@ def _demo(verb: str, arguments: list[str]) -> None:
             write_world(temporary, seed=seed)
             temporary.rename(out / "data")
 
-    summary = run_pipeline(recipe, out, out=out, prepare=make_world)
-    _print_gains(summary)
+    _print_gains(run_pipeline(recipe, out, out=out, prepare=make_world))
     _write_report(out)
     print(f"Talk to it:  starling chat {out}")
 
@@ -128,27 +117,13 @@ def _run(verb: str, arguments: list[str]) -> None:
         )
     source, *rest = arguments
     loaded = load_recipe(source)
-    unchecked, out, print_recipe = _parse_recipe(loaded.recipe, f"{verb} {source}", rest)
-    recipe = validate_recipe(unchecked.model_dump(mode="json"), source)
-    if print_recipe:
-        print(dump_recipe(recipe), end="")
-        return
-    run_folder = Path(out or recipe.run.out or f"runs/{loaded.name}")
-    run_pipeline(recipe, loaded.folder, out=run_folder, only=None if verb == "run" else verb)
-    if verb == "run":
-        _write_report(run_folder)
-    print(f"Figures:  {run_folder / 'summary.json'}")
 
-
-def _parse_recipe(
-    default: Recipe, verb: str, arguments: list[str]
-) -> tuple[Recipe, str | None, bool]:
-    def parse(
-        recipe: Annotated[Recipe, tyro.conf.arg(name="")] = default,
+    def run(
+        recipe: Annotated[Recipe, tyro.conf.arg(name="")] = loaded.recipe,
         *,
         out: str | None = None,
         print_recipe: bool = False,
-    ) -> tuple[Recipe, str | None, bool]:
+    ) -> None:
         """Run a recipe, with any of its settings replaced.
 
         Args:
@@ -156,21 +131,26 @@ def _parse_recipe(
             out: Run folder, in place of run.out.
             print_recipe: Only print the recipe with every default filled in.
         """
-        return recipe, out, print_recipe
+        checked = validate_recipe(recipe.model_dump(mode="json"), source)
+        if print_recipe:
+            print(dump_recipe(checked), end="")
+            return
+        folder = Path(out or checked.run.out or f"runs/{loaded.name}")
+        run_pipeline(checked, loaded.folder, out=folder, only=None if verb == "run" else verb)
+        if verb == "run":
+            _write_report(folder)
+        print(f"Figures:  {folder / 'summary.json'}")
 
-    return parse_options(parse, verb, arguments)
+    parse_options(run, f"{verb} {source}", rest)
 
 
-def _recipe(verb: str, arguments: list[str]) -> None:
-    def parse(name: str) -> str:
-        """Print a packaged recipe as it is, to start your own from.
+def _recipe(name: str) -> None:
+    """Print a packaged recipe as it is, to start your own from.
 
-        Args:
-            name: Which one.
-        """
-        return name
-
-    print(packaged_text(parse_options(parse, verb, arguments)), end="")
+    Args:
+        name: Which one.
+    """
+    print(packaged_text(name), end="")
 
 
 def _chat(verb: str, arguments: list[str]) -> None:
@@ -179,16 +159,13 @@ def _chat(verb: str, arguments: list[str]) -> None:
     parse_options(chat, verb, arguments)
 
 
-def _report(verb: str, arguments: list[str]) -> None:
-    def parse(run: Path) -> Path:
-        """Write report.html of a run again.
+def _report(run: Path) -> None:
+    """Write report.html of a run again.
 
-        Args:
-            run: A run folder.
-        """
-        return run
-
-    _write_report(parse_options(parse, verb, arguments))
+    Args:
+        run: A run folder.
+    """
+    _write_report(run)
 
 
 COMMANDS = {
@@ -205,6 +182,10 @@ COMMANDS = {
 }
 
 
+PARSED_BY_ITSELF = (_run, _chat)
+"""Functions that take the verb and all that follows: what they accept is not known before."""
+
+
 def _write_report(run_folder: Path) -> None:
     from starling.report.page import write_report
 
@@ -213,23 +194,32 @@ def _write_report(run_folder: Path) -> None:
 
 
 def _print_gains(summary: dict[str, Any]) -> None:
-    """The demo's last lines: what the policy gained over the one it started from."""
-    bench, ppo = summary["bench"], summary["ppo"]
-    rows = [
-        ("gold, sampled", bench["gold"]),
-        ("gold, greedy", bench["gold_greedy"]),
-        ("correctness, greedy", bench["gold_correctness"]),
-        ("tokens per answer", bench["tokens_per_answer"]),
+    """The demo's last lines: what the policy gained over the one it started from, at what cost."""
+    bench, ppo, reward = summary["bench"], summary["ppo"], summary["reward"]
+    rows: list[tuple[str, Any, Any]] = [
+        (label, bench[name]["sft"], bench[name]["ppo"])
+        for label, name in (
+            ("gold, sampled", "gold"),
+            ("gold, greedy", "gold_greedy"),
+            ("correctness, greedy", "gold_correctness_greedy"),
+            ("judge's score", "score"),
+            ("tokens per answer", "tokens_per_answer"),
+        )
     ]
+    rows.append(("win rate", None, bench["win_rate"]))
     print(f"{'':20}  {'sft':>6}  {'ppo':>6}")
-    for label, figures in rows:
-        print(f"{label:20}  {_mean(figures['sft']):6.2f}  {_mean(figures['ppo']):6.2f}")
-    print(f"{'win rate':20}  {'':6}  {_mean(bench['win_rate']):6.2f}")
-    print(f"{'sequence KL, nats':20}  {'':6}  {_mean(ppo['sequence_kl']):6.2f}")
-
-
-def _mean(figure: Any) -> float:
-    return figure["mean"] if isinstance(figure, dict) else figure
+    for label, *figures in rows:
+        cells = ("" if figure is None else f"{figure['mean']:.2f}" for figure in figures)
+        print(f"{label:20}" + "".join(f"  {cell:>6}" for cell in cells))
+    target = ppo["kl_target"]
+    aim = "no target" if target is None else f"target {target:g}"
+    print(f"sequence KL: {ppo['sequence_kl']['mean']:.2f} nats ({aim})")
+    accuracy, length_only = reward["pair_accuracy"], reward["length_only_accuracy"]
+    print(f"reward model: {accuracy['mean']:.2f} of held-out pairs in order", end="")
+    print(f" (by length alone {length_only['mean']:.2f})")
+    best = bench.get("gold_best_of")
+    if best is not None:
+        print(f"gold, best of {best['samples']} by the reward model: {best['mean']:.2f}")
 
 
 @contextmanager

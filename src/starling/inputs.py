@@ -4,7 +4,6 @@ A path is looked up in the run folder first, then beside the recipe; one that is
 earlier stage's output.  A model may also be a hub id.
 """
 
-import difflib
 import re
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, fields
@@ -12,15 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from starling.base.errors import DataError
+from starling.base.files import neighbours
 from starling.base.hashing import hash_file, hash_json, hash_tree
-from starling.bench.config import BenchInputs
-from starling.feedback.config import FeedbackInputs
+from starling.bench.config import BenchInputs, BenchSection
+from starling.feedback.config import FeedbackInputs, FeedbackSection
 from starling.judging.config import JudgeSection
 from starling.manifest import MANIFEST
-from starling.ppo.config import PpoInputs
+from starling.ppo.config import PpoInputs, PpoSection
 from starling.recipe import STAGES, Recipe
-from starling.reward.config import RewardInputs
-from starling.sft.config import SftInputs
+from starling.reward.config import RewardInputs, RewardSection
+from starling.sft.config import SftInputs, SftSection
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -54,51 +54,32 @@ class Paths:
         stage = value.partition("/")[0]
         if stage in self.pending:
             return self.run / value
-        for folder in (self.run, self.recipe):
-            if is_there(folder / value):
-                if (
-                    folder == self.run
-                    and stage in STAGES
-                    and not (folder / stage / MANIFEST).exists()
-                ):
-                    raise DataError(
-                        f"{key}: {folder / value} is half made. "
-                        f"Finish it first: starling {stage} RECIPE"
-                    )
-                return folder / value
-        return None
+        if is_there(self.run / value):
+            if stage in STAGES and not (self.run / stage / MANIFEST).exists():
+                raise DataError(
+                    f"{key}: {self.run / value} is half made. "
+                    f"Finish it first: starling {stage} RECIPE"
+                )
+            return self.run / value
+        return self.recipe / value if is_there(self.recipe / value) else None
 
     def _missing(self, key: str, value: str, what: str) -> DataError:
-        places = dict.fromkeys(str((folder / value).parent) for folder in (self.run, self.recipe))
-        text = f"{key}: there is no {what} {value!r}, neither in {' nor in '.join(places)}."
+        text = f"{key}: there is no {what} {value!r}."
         stage = value.partition("/")[0]
         if stage in STAGES:
             return DataError(f"{text} Make it first: starling {stage} RECIPE")
-        names = [
-            entry.name
-            for place in places
-            if Path(place).is_dir()
-            for entry in sorted(Path(place).iterdir())
-            if not entry.name.startswith(".")
-        ]
-        near = difflib.get_close_matches(Path(value).name, names, n=3, cutoff=0.5) or names[:5]
-        return DataError(f"{text} There is {', '.join(near)}." if near else text)
+        places = (neighbours(folder / value) for folder in (self.run, self.recipe))
+        return DataError(" ".join(dict.fromkeys((text, *places))))
 
 
-def resolve_sft(recipe: Recipe, paths: Paths) -> SftInputs:
-    section = recipe.sft
-    assert section is not None
-    base = section.base
+def resolve_sft(section: SftSection, _recipe: Recipe, paths: Paths) -> SftInputs:
     return SftInputs(
         conversations=paths.file("sft.conversations", section.conversations),
-        base=paths.model("sft.base", base) if base is not None else None,
+        base=paths.model("sft.base", section.base) if section.base is not None else None,
     )
 
 
-def resolve_feedback(recipe: Recipe, paths: Paths) -> FeedbackInputs:
-    section, judge = recipe.feedback, _judge(recipe, paths)
-    assert section is not None
-    assert judge is not None
+def resolve_feedback(section: FeedbackSection, recipe: Recipe, paths: Paths) -> FeedbackInputs:
     return FeedbackInputs(
         prompts=paths.file("feedback.prompts", section.prompts),
         candidates=tuple(
@@ -107,22 +88,18 @@ def resolve_feedback(recipe: Recipe, paths: Paths) -> FeedbackInputs:
             else paths.model(f"feedback.candidates.{number}.model", candidate.model)
             for number, candidate in enumerate(section.candidates)
         ),
-        judge=judge,
+        judge=_needed_judge(recipe, paths),
     )
 
 
-def resolve_reward(recipe: Recipe, paths: Paths) -> RewardInputs:
-    section = recipe.reward
-    assert section is not None
+def resolve_reward(section: RewardSection, recipe: Recipe, paths: Paths) -> RewardInputs:
     return RewardInputs(
         rankings=paths.file("reward.rankings", section.rankings or "feedback/rankings.jsonl"),
         base=paths.model("reward.base", section.base or _starting_policy(recipe)),
     )
 
 
-def resolve_ppo(recipe: Recipe, paths: Paths) -> PpoInputs:
-    section = recipe.ppo
-    assert section is not None
+def resolve_ppo(section: PpoSection, recipe: Recipe, paths: Paths) -> PpoInputs:
     prompts = section.prompts or (recipe.feedback.prompts if recipe.feedback is not None else "")
     validation = section.validation
     return PpoInputs(
@@ -134,10 +111,8 @@ def resolve_ppo(recipe: Recipe, paths: Paths) -> PpoInputs:
     )
 
 
-def resolve_bench(recipe: Recipe, paths: Paths) -> BenchInputs:
-    section, ppo, judge = recipe.bench, recipe.ppo, _judge(recipe, paths)
-    assert section is not None
-    assert judge is not None
+def resolve_bench(section: BenchSection, recipe: Recipe, paths: Paths) -> BenchInputs:
+    ppo = recipe.ppo
     baseline = section.baseline or (ppo.policy if ppo is not None else None)
     reward_model = (ppo.reward_model if ppo is not None else None) or "reward/model"
     return BenchInputs(
@@ -145,7 +120,7 @@ def resolve_bench(recipe: Recipe, paths: Paths) -> BenchInputs:
         baseline=paths.model("bench.baseline", baseline or _starting_policy(recipe)),
         policy=paths.model("bench.policy", section.policy or "ppo/model"),
         reward_model=paths.model("ppo.reward_model", reward_model) if section.best_of else None,
-        judge=judge,
+        judge=_needed_judge(recipe, paths),
     )
 
 
@@ -154,6 +129,12 @@ def _starting_policy(recipe: Recipe) -> str:
         return "sft/model"
     assert recipe.policy is not None, "the recipe's validation lets no stage go without its start"
     return recipe.policy
+
+
+def _needed_judge(recipe: Recipe, paths: Paths) -> JudgeSection:
+    judge = _judge(recipe, paths)
+    assert judge is not None, "the recipe's validation asks for one"
+    return judge
 
 
 def _judge(recipe: Recipe, paths: Paths) -> JudgeSection | None:

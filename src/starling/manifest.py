@@ -8,13 +8,14 @@ recorded, never compared.  calls.sqlite holds replies that were paid for: it is 
 clearing a stage leaves it.
 """
 
+import contextlib
 import functools
 import logging
 import platform
 import shutil
 import subprocess
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict
 from datetime import UTC, datetime
 from enum import Enum
 from importlib import metadata
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from starling import __version__
-from starling.base.errors import DataError
+from starling.base.errors import DataError, some
 from starling.base.hashing import hash_file
 from starling.base.jsonl import read_json, write_json
 from starling.base.stage import Summary
@@ -34,7 +35,7 @@ MARKER = "stage.json"
 CHECKPOINTS = "checkpoints"
 CALLS = "calls.sqlite"
 TEMPORARY = ".tmp-"
-NO_OUTPUTS = (MANIFEST, MARKER, CHECKPOINTS, "timing.jsonl")
+NO_OUTPUTS = (CHECKPOINTS, "timing.jsonl")
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "pydantic")
 
 
@@ -43,19 +44,9 @@ class State(Enum):
 
     ABSENT = "not made yet"
     FRESH = "made from exactly this"
-    STALE = "made from something else"
+    STALE = "its settings or inputs changed; it is made again"
     DAMAGED = "made from exactly this, but changed since"
-    INTERRUPTED = "half made from exactly this"
-
-
-@dataclass(frozen=True)
-class Origin:
-    """What a stage is made from: the hash of all of it, and its input files for the record."""
-
-    stage: str
-    format_version: int
-    key: str
-    inputs: dict[str, Any]
+    INTERRUPTED = "going on where an interrupted run stopped"
 
 
 def state_of(folder: Path, key: str) -> State:
@@ -67,14 +58,17 @@ def state_of(folder: Path, key: str) -> State:
     if manifest is not None:
         if manifest["key"] != key:
             return State.STALE
-        return State.DAMAGED if damaged_outputs(folder, manifest) else State.FRESH
+        for name, digest in manifest["outputs"].items():
+            if not (folder / name).is_file() or hash_file(folder / name) != digest:
+                return State.DAMAGED
+        return State.FRESH
     if (folder / MARKER).exists():
         is_ours = read_json(folder / MARKER)["key"] == key
         return State.INTERRUPTED if is_ours else State.STALE
-    found = sorted(_files(folder))
+    found = _files(folder)
     if found:
         raise DataError(
-            f"{folder} holds files that no stage of starling claims: {_some(found)}. "
+            f"{folder} holds files that no stage of starling claims: {some(found, 3)}. "
             "Move or delete them, or choose another run folder with --out."
         )
     return State.ABSENT
@@ -91,15 +85,6 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     return manifest
 
 
-def damaged_outputs(folder: Path, manifest: dict[str, Any]) -> list[str]:
-    """The outputs that are gone, or whose bytes are no longer those of the manifest."""
-    return [
-        name
-        for name, digest in manifest["outputs"].items()
-        if not (folder / name).is_file() or hash_file(folder / name) != digest
-    ]
-
-
 def begin(folder: Path, key: str) -> None:
     """Claim the folder for a run under this key, and remove what an earlier one made there.
 
@@ -107,38 +92,30 @@ def begin(folder: Path, key: str) -> None:
     Files that nothing of ours made stay, and are not counted as outputs later.
     """
     kept = _not_ours(folder)
-    made = sorted(set(_files(folder)) - set(kept))
     write_json(folder / MARKER, {"key": key, "kept": kept})
     if kept:
-        logger.warning("%s also holds %s, which stays as it is", folder, _some(kept))
-    for name in made:
-        if name not in (MANIFEST, MARKER) and not name.startswith(CALLS):
-            (folder / name).unlink(missing_ok=True)
+        logger.warning("%s also holds %s, which stays as it is", folder, some(kept, 3))
+    for name in set(_files(folder)) - set(kept):
+        (folder / name).unlink(missing_ok=True)
     (folder / MANIFEST).unlink(missing_ok=True)
     _remove_empty_folders(folder)
 
 
-def finish(folder: Path, origin: Origin, summary: Summary, started: datetime) -> None:
-    """Hash the outputs and write the manifest; then the marker and the checkpoints go."""
-    kept = set(read_json(folder / MARKER)["kept"])
-    for path in _leftovers(folder):
-        path.unlink()
-    outputs = {
-        name: hash_file(folder / name)
-        for name in sorted(_files(folder))
-        if name.partition("/")[0] not in NO_OUTPUTS
-        and not name.startswith(CALLS)
-        and name not in kept
-    }
+def finish(folder: Path, origin: Mapping[str, Any], summary: Summary, started: datetime) -> None:
+    """Hash the outputs and write the manifest with the stage's origin; then tidy up."""
+    kept = read_json(folder / MARKER)["kept"]
+    outputs = {}
+    for name in _files(folder):
+        if TEMPORARY in name:  # of a write that a kill interrupted
+            (folder / name).unlink()
+        elif name not in kept and name.partition("/")[0] not in NO_OUTPUTS:
+            outputs[name] = hash_file(folder / name)
     write_json(
         folder / MANIFEST,
         {
-            "stage": origin.stage,
-            "format_version": origin.format_version,
-            "key": origin.key,
-            "inputs": origin.inputs,
+            **origin,
             "outputs": outputs,
-            "summary": {"sentence": summary.sentence, "figures": summary.figures},
+            "summary": asdict(summary),
             "started": started.isoformat(timespec="seconds"),
             "seconds": round((datetime.now(UTC) - started).total_seconds(), 3),
             **_environment(),
@@ -157,38 +134,18 @@ def tidy(folder: Path) -> None:
 
 def _not_ours(folder: Path) -> list[str]:
     """Files that were there before the stage, or that someone added to a finished one."""
-    if (folder / MANIFEST).exists():
-        manifest = read_manifest(folder)
-        assert manifest is not None
-        made = manifest["outputs"].keys()
-        return sorted(
-            name
-            for name in _files(folder)
-            if name not in made
-            and name.partition("/")[0] not in NO_OUTPUTS
-            and not name.startswith(CALLS)
-        )
-    if (folder / MARKER).exists():
-        return read_json(folder / MARKER)["kept"]
-    return []
+    manifest = read_manifest(folder)
+    if manifest is None:
+        return read_json(folder / MARKER)["kept"] if (folder / MARKER).exists() else []
+    found = (name for name in _files(folder) if name.partition("/")[0] not in NO_OUTPUTS)
+    return [name for name in found if name not in manifest["outputs"]]
 
 
-def _leftovers(folder: Path) -> list[Path]:
-    """Temporary files of writes that a kill interrupted."""
-    return [
-        folder / name
-        for name in _files(folder)
-        if any(part.startswith(TEMPORARY) for part in Path(name).parts)
-    ]
-
-
-def _files(folder: Path) -> Iterator[str]:
-    """Every file's path inside the folder, at any depth; none when there is no folder."""
-    return (
-        path.relative_to(folder).as_posix()
-        for path in folder.rglob("*")
-        if path.is_file() or path.is_symlink()
-    )
+def _files(folder: Path) -> list[str]:
+    """The path of every file inside the folder but our own records and the replies paid for."""
+    paths = (path for path in folder.rglob("*") if path.is_file() or path.is_symlink())
+    names = sorted(path.relative_to(folder).as_posix() for path in paths)
+    return [name for name in names if not name.startswith((MANIFEST, MARKER, CALLS))]
 
 
 def _remove_empty_folders(folder: Path) -> None:
@@ -203,39 +160,20 @@ def _environment() -> dict[str, Any]:
     return {
         **_commit(),
         "starling": __version__,
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": {name: metadata.version(name) for name in PACKAGES},
         "python": platform.python_version(),
         "host": platform.node(),
     }
 
 
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
 def _commit() -> dict[str, Any]:
     """The commit of a source checkout; None where Starling was installed from a wheel."""
     root = Path(__file__).resolve().parents[2]
-    if not (root / ".git").exists():
-        return {"commit": None, "dirty": None}
-    head = _git(root, "rev-parse", "HEAD")
-    changes = _git(root, "status", "--porcelain")
-    return {"commit": head, "dirty": None if changes is None else bool(changes)}
-
-
-def _git(root: Path, *arguments: str) -> str | None:
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more
+    described = ""
+    if (root / ".git").exists():
+        command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        with contextlib.suppress(OSError):
+            done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+            described = done.stdout.strip()
+    commit = described.removesuffix("-dirty")
+    return {"commit": commit or None, "dirty": described != commit if commit else None}

@@ -4,13 +4,13 @@ Nothing else hashes or skips.  Stages meet on disk: each reads what `inputs` res
 writes to its own folder of the run.
 """
 
+import contextlib
 import fcntl
 import importlib
 import logging
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from starling.inputs import (
     resolve_reward,
     resolve_sft,
 )
-from starling.manifest import Origin, State, begin, finish, read_manifest, state_of, tidy
+from starling.manifest import State, begin, finish, read_manifest, state_of, tidy
 from starling.recipe import Recipe, RunSection, dump_recipe
 
 logger = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ class Stage:
     name: str
     format_version: int
     module: str
-    resolve: Callable[[Recipe, Paths], Any]
+    resolve: Callable[[Any, Recipe, Paths], Any]
 
 
 PIPELINE = (
@@ -63,8 +63,9 @@ class Job:
     stage: Stage
     section: Any
     inputs: Any
+    hashes: dict[str, Any]
     out: Path
-    origin: Origin
+    key: str
 
 
 def run_pipeline(
@@ -88,16 +89,19 @@ def run_pipeline(
         names = [stage.name for stage in stages]
         paths = Paths(out.resolve(), recipe_folder.resolve())
         for stage in stages:
-            stage.resolve(recipe, Paths(paths.run, paths.recipe, pending=names))
+            pending = replace(paths, pending=names)
+            stage.resolve(getattr(recipe, stage.name), recipe, pending)
         context = None
         for stage in stages:
             job = _job(stage, recipe, paths, out)
-            state = state_of(job.out, job.origin.key)
+            state = state_of(job.out, job.key)
             if state is State.FRESH:
                 logger.info("%s: nothing changed since %s was made", stage.name, job.out)
                 tidy(job.out)
                 continue
-            context = context or _context(recipe)
+            context = context or single_process_context(
+                recipe.threads, recipe.run.device, seed=recipe.seed
+            )
             _run(job, state, context)
         summary = _summarise(recipe, paths, out, done=names)
         write_json(out / "summary.json", summary)
@@ -117,7 +121,7 @@ def _chosen_stages(recipe: Recipe, only: str | None) -> list[Stage]:
 
 def _job(stage: Stage, recipe: Recipe, paths: Paths, out: Path) -> Job:
     section = getattr(recipe, stage.name)
-    inputs = stage.resolve(recipe, paths)
+    inputs = stage.resolve(section, recipe, paths)
     hashes = hash_inputs(inputs)
     key = hash_json(
         {
@@ -129,36 +133,25 @@ def _job(stage: Stage, recipe: Recipe, paths: Paths, out: Path) -> Job:
             "threads": recipe.threads,
         }
     )
-    origin = Origin(stage.name, stage.format_version, key, hashes)
-    return Job(stage, section, inputs, out / stage.name, origin)
+    return Job(stage, section, inputs, hashes, out / stage.name, key)
 
 
 def _run(job: Job, state: State, context: Context) -> None:
     name = job.stage.name
     started = datetime.now(UTC)
-    if state is State.INTERRUPTED:
-        logger.info("%s: going on where an interrupted run stopped", name)
-    else:
-        if state is State.DAMAGED:
-            logger.warning("%s: files in %s changed since; it is made again", name, job.out)
-        elif state is State.STALE:
-            logger.info("%s: its settings or inputs changed; it is made again", name)
-        begin(job.out, job.origin.key)
+    if state is State.DAMAGED:
+        logger.warning("%s: files in %s changed since; it is made again", name, job.out)
+    elif state is not State.ABSENT:
+        logger.info("%s: %s", name, state.value)
+    if state is not State.INTERRUPTED:
+        begin(job.out, job.key)
     with context.stop:
         module = importlib.import_module(job.stage.module)
         summary = module.run(job.section, job.inputs, job.out, context)
-        finish(job.out, job.origin, summary, started)
+        origin = {"stage": name, "format_version": job.stage.format_version, "key": job.key}
+        finish(job.out, origin | {"inputs": job.hashes}, summary, started)
         logger.info("%s: %s", name, summary.sentence)
         context.stop.check()
-
-
-def _context(recipe: Recipe) -> Context:
-    device = recipe.run.device
-    if device is None:
-        import torch
-
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    return single_process_context(recipe.threads, device, seed=recipe.seed)
 
 
 def _summarise(recipe: Recipe, paths: Paths, out: Path, *, done: list[str]) -> dict[str, Any]:
@@ -168,24 +161,19 @@ def _summarise(recipe: Recipe, paths: Paths, out: Path, *, done: list[str]) -> d
         manifest = read_manifest(out / stage.name)
         if manifest is None or getattr(recipe, stage.name) is None:
             continue
-        if stage.name in done or _is_fresh(stage, recipe, paths, out):
+        fresh = stage.name in done
+        with contextlib.suppress(DataError):  # an input of it is gone or half made
+            job = _job(stage, recipe, paths, out)
+            fresh = fresh or state_of(job.out, job.key) is State.FRESH
+        if fresh:
             summary[stage.name] = manifest["summary"]["figures"]
         else:
             logger.warning(
                 "%s: made from something else, so its figures are left out of summary.json; "
                 "make it again with: starling %s RECIPE",
-                stage.name,
-                stage.name,
+                *(stage.name, stage.name),
             )
     return summary
-
-
-def _is_fresh(stage: Stage, recipe: Recipe, paths: Paths, out: Path) -> bool:
-    try:
-        job = _job(stage, recipe, paths, out)
-    except DataError:  # an input of it is gone or half made
-        return False
-    return state_of(job.out, job.origin.key) is State.FRESH
 
 
 def _keep_recipe(recipe: Recipe, out: Path) -> None:
@@ -208,7 +196,7 @@ def _keep_recipe(recipe: Recipe, out: Path) -> None:
     write_atomically(path, [HEADER.encode(), dump_recipe(settled).encode()])
 
 
-@contextmanager
+@contextlib.contextmanager
 def _lock(out: Path) -> Iterator[None]:
     """Keep every other process out of the run folder; the kernel lets go whatever happens to us."""
     try:

@@ -7,10 +7,8 @@ resolved by `pipeline`.
 
 import difflib
 import json
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from importlib import resources
-from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,8 +28,8 @@ from starling.sft.config import SftSection
 STAGES = ("sft", "feedback", "reward", "ppo", "bench")
 """The stages in the order in which they run."""
 
-Problem = tuple[str, str]
-"""A path in the recipe, and what is wrong there."""
+
+PACKAGED = resources.files("starling") / "recipes"
 
 
 class RunSection(Section):
@@ -69,15 +67,13 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _validate(self) -> "Recipe":
-        checks: tuple[Callable[[Recipe], Iterator[Problem]], ...] = (
-            _shape_problems,
-            _missing_sources,
-            _judge_problems,
-            _candidate_problems,
-            _key_problems,
-            _sft_problems,
-        )
-        problems = [f"{path}: {text}" for check in checks for path, text in check(self)]
+        problems = [*_missing_sources(self)]
+        if not any(getattr(self, name) for name in STAGES):
+            problems.append(f"{', '.join(STAGES)}: a recipe needs at least one of these stages")
+        if self.sft is not None and self.policy is not None:
+            problems.append(
+                "policy: the sft stage makes the starting policy; name its own start in sft.base"
+            )
         if problems:
             raise ValueError("\n".join(problems))
         return self
@@ -92,18 +88,16 @@ class LoadedRecipe(NamedTuple):
 
 
 def load_recipe(reference: str) -> LoadedRecipe:
-    """Load a packaged recipe by its name, or any by its path.
-
-    A packaged one looks for files in the working folder. Raises RecipeError that lists everything
-    that is wrong with it.
-    """
+    """Load a recipe by its path, or a packaged one, whose files lie in the working folder."""
     if reference in packaged_recipes():
         return LoadedRecipe(_parse(packaged_text(reference), reference), reference, Path.cwd())
     path = Path(reference)
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
-        raise RecipeError(_no_such_recipe(path)) from error
+        files = [str(file) for file in sorted(path.parent.glob("*.y*ml"))] if path.name else []
+        hint = _nearest(reference, packaged_recipes() + files)
+        raise RecipeError(f"there is no recipe {path}. {hint}") from error
     except UnicodeDecodeError as error:
         raise RecipeError(f"recipe {path} is not UTF-8 at byte {error.start + 1}.") from error
     except OSError as error:
@@ -113,7 +107,7 @@ def load_recipe(reference: str) -> LoadedRecipe:
 
 def packaged_recipes() -> list[str]:
     """The names of the recipes that come with Starling."""
-    names = (entry.name for entry in _packaged_folder().iterdir())
+    names = (entry.name for entry in PACKAGED.iterdir())
     return sorted(name.removesuffix(".yaml") for name in names if name.endswith(".yaml"))
 
 
@@ -121,30 +115,17 @@ def packaged_text(name: str) -> str:
     """A packaged recipe's file as it is. Raises RecipeError for a name that is none."""
     names = packaged_recipes()
     if name not in names:
-        near = difflib.get_close_matches(name, names, n=1)
-        hint = f" Did you mean {near[0]}?" if near else ""
-        raise RecipeError(f"no recipe {name!r} is packaged; there are {', '.join(names)}.{hint}")
-    return (_packaged_folder() / f"{name}.yaml").read_text(encoding="utf-8")
+        raise RecipeError(f"no recipe {name!r} is packaged. {_nearest(name, names)}")
+    return (PACKAGED / f"{name}.yaml").read_text(encoding="utf-8")
 
 
-def validate_recipe(tree: Any, source: str, problems: list[str] | None = None) -> Recipe:
-    """Make a recipe of a plain tree, strictly: "3" is no number and 1 is not true.
-
-    Raises RecipeError that lists the `problems` known before and all that are found here.
-    """
-    problems = list(problems or [])
-    if not isinstance(tree, dict):
-        problems.append("a recipe is a section of keys and values, such as `seed: 0`")
-        raise RecipeError(_refusal(source, problems))
+def validate_recipe(tree: Any, source: str) -> Recipe:
+    """Make a recipe of a plain tree, strictly; RecipeError lists all that is wrong with it."""
     try:
         # As JSON, where a list may fill a tuple although types are strict.
-        recipe = Recipe.model_validate_json(json.dumps(tree), strict=True)
+        return Recipe.model_validate_json(json.dumps(tree), strict=True)
     except ValidationError as error:
-        problems += explain(error, Recipe)
-        raise RecipeError(_refusal(source, problems)) from error
-    if problems:
-        raise RecipeError(_refusal(source, problems))
-    return recipe
+        raise RecipeError(_refusal(source, explain(error, Recipe))) from error
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -154,10 +135,10 @@ def dump_recipe(recipe: Recipe) -> str:
 
 def _parse(text: str, source: str) -> Recipe:
     try:
-        tree, problems = parse_yaml(text.removeprefix("\ufeff"))
+        tree = parse_yaml(text.removeprefix("\ufeff"))
     except ValueError as error:
-        raise RecipeError(_refusal(source, [f"it is not YAML: {error}"])) from error
-    return validate_recipe(tree, source, problems)
+        raise RecipeError(_refusal(source, [f"it cannot be read: {error}"])) from error
+    return validate_recipe(tree, source)
 
 
 def _refusal(source: str, problems: list[str]) -> str:
@@ -165,25 +146,17 @@ def _refusal(source: str, problems: list[str]) -> str:
     return f"recipe {source} has {count}:" + "".join(f"\n  {line}" for line in problems)
 
 
-def _no_such_recipe(path: Path) -> str:
-    """Which recipes there are instead: the packaged ones, and files beside the missing one."""
-    files = [str(file) for file in sorted(path.parent.glob("*.y*ml"))] if path.name else []
-    names = packaged_recipes() + files
-    near = difflib.get_close_matches(str(path), names, n=1, cutoff=0.5)
-    hint = (
-        f" Did you mean {near[0]}?" if near else f" Packaged are {', '.join(packaged_recipes())}."
-    )
-    return f"there is no recipe {path}.{hint}"
+def _nearest(name: str, others: list[str]) -> str:
+    near = difflib.get_close_matches(name, others, n=1, cutoff=0.5)
+    hint = f"Did you mean {near[0]}? " if near else ""
+    return f"{hint}Packaged are {', '.join(packaged_recipes())}."
 
 
-def _packaged_folder() -> Traversable:
-    return resources.files("starling") / "recipes"
-
-
-def _missing_sources(recipe: Recipe) -> Iterator[Problem]:
+def _missing_sources(recipe: Recipe) -> Iterator[str]:
     """What a stage needs from a stage that is not there, nor named instead."""
     has_start = recipe.sft is not None or recipe.policy is not None
     has_baseline = has_start or (recipe.ppo is not None and recipe.ppo.policy is not None)
+    has_reward_model = recipe.reward or (recipe.ppo is not None and recipe.ppo.reward_model)
     start = "without an sft stage or the recipe's `policy`, name the starting policy here"
     needs = (
         ("reward.rankings", recipe.feedback, "without a feedback stage, name the rankings here"),
@@ -198,64 +171,9 @@ def _missing_sources(recipe: Recipe) -> Iterator[Problem]:
         stage, field = path.split(".")
         section = getattr(recipe, stage)
         if section is not None and getattr(section, field) is None and not other_source:
-            yield path, f"is missing; {text}"
-    if recipe.bench is not None and recipe.bench.best_of:
-        has_reward_model = recipe.reward or (recipe.ppo is not None and recipe.ppo.reward_model)
-        if not has_reward_model:
-            yield "bench.best_of", "needs a reward stage, or ppo.reward_model; 0 leaves it out"
-
-
-def _shape_problems(recipe: Recipe) -> Iterator[Problem]:
-    if not any(getattr(recipe, name) for name in STAGES):
-        yield ", ".join(STAGES), "a recipe needs at least one of these stages"
-    if recipe.sft is not None and recipe.policy is not None:
-        yield "policy", "the sft stage makes the starting policy; name its own start in sft.base"
-
-
-def _judge_problems(recipe: Recipe) -> Iterator[Problem]:
-    judge = recipe.judge
-    if judge is None:
-        stages = [name for name in ("feedback", "bench") if getattr(recipe, name) is not None]
-        if stages:
-            yield "judge", f"is missing, and {' and '.join(stages)} need one"
-        return
-    if judge.kind != "rubric":
-        for name in ("noise", "position_bias"):
-            if getattr(judge, name):
-                yield f"judge.{name}", f"only kind rubric has it; here kind is {judge.kind}"
-
-
-def _candidate_problems(recipe: Recipe) -> Iterator[Problem]:
-    if recipe.feedback is None:
-        return
-    candidates = recipe.feedback.candidates
-    names = [candidate.name for candidate in candidates]
-    for name in sorted({name for name in names if names.count(name) > 1}):
-        yield "feedback.candidates", f"the name {name!r} stands twice; each needs its own"
-    if sum(candidate.answers for candidate in candidates) < 2:
-        yield "feedback.candidates", "1 answer per prompt; a ranking needs at least 2"
-
-
-def _key_problems(recipe: Recipe) -> Iterator[Problem]:
-    """API keys are named, never written down; what looks like one is not repeated."""
-    candidates = recipe.feedback.candidates if recipe.feedback is not None else ()
-    holders = {f"feedback.candidates.{n}": candidate for n, candidate in enumerate(candidates)}
-    for path, holder in {"judge": recipe.judge, **holders}.items():
-        name = holder.api_key_env if holder is not None else None
-        if name is not None and not re.fullmatch(r"[A-Z_][A-Z0-9_]*", name):
-            yield (
-                f"{path}.api_key_env",
-                "what stands there is no name of an environment variable, such as OPENAI_API_KEY; "
-                "the key itself must not stand in a recipe",
-            )
-
-
-def _sft_problems(recipe: Recipe) -> Iterator[Problem]:
-    if recipe.sft is None:
-        return
-    if (recipe.sft.base is None) == (recipe.sft.architecture is None):
-        found = "neither" if recipe.sft.base is None else "both"
-        yield "sft.base", f"found {found} of base and architecture; exactly one is needed"
-    for step in recipe.sft.keep:
-        if not 1 <= step <= recipe.sft.steps:
-            yield "sft.keep", f"found {step}; allowed: 1 to sft.steps, {recipe.sft.steps}"
+            yield f"{path}: is missing; {text}"
+    if recipe.bench is not None and recipe.bench.best_of and not has_reward_model:
+        yield "bench.best_of: needs a reward stage, or ppo.reward_model; 0 leaves it out"
+    stages = [name for name in ("feedback", "bench") if getattr(recipe, name) is not None]
+    if recipe.judge is None and stages:
+        yield f"judge: is missing, and {' and '.join(stages)} need one"

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from starling.base.context import Context, StopFlag, single_process_context
+from starling.base.context import Context, StopFlag, choose_device, single_process_context
 from starling.base.errors import RecipeError, Stopped
 
 
@@ -40,14 +40,15 @@ def test_a_device_that_is_none_is_refused(device):
         single_process_context(1, device)
 
 
+@pytest.mark.parametrize(("has_gpu", "chosen"), [(True, "cuda"), (False, "cpu")])
+def test_without_a_wish_the_device_is_a_gpu_where_there_is_one(monkeypatch, has_gpu, chosen):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: has_gpu)
+    assert choose_device(None) == chosen
+
+
 def test_a_gpu_that_is_not_there_is_refused():
     with pytest.raises(RecipeError, match="'cuda:99', and .* CUDA devices were found. Set device"):
         single_process_context(1, "cuda:99")
-
-
-def test_no_threads_are_refused():
-    with pytest.raises(RecipeError, match="threads is 0"):
-        single_process_context(0)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from starling.base.estimate import Estimate, bootstrap_difference, bootstrap_mean
+from starling.base.estimate import Estimate, bootstrap_mean
 
 
 def test_the_interval_of_many_values_is_the_textbook_one():
@@ -122,19 +122,3 @@ def test_failures_are_carried_along_and_shown():
     assert estimate.as_dict() == {"mean": 0.5, "low": 0.0, "high": 1.0, "n": 2, "num_failed": 3}
     assert str(estimate) == "0.50 [0.00, 1.00] n=2 failed=3"
     assert str(bootstrap_mean([0.0, 1.0], seed=0)) == "0.50 [0.00, 1.00] n=2"
-
-
-def test_a_difference_is_after_minus_before_and_pairs_its_items():
-    items = np.random.default_rng(0).normal(0, 100, size=30)
-    estimate = bootstrap_difference(items.tolist(), (items + 1).tolist(), seed=0, num_failed=2)
-    assert estimate.mean == pytest.approx(1)
-    assert estimate.low == pytest.approx(1)
-    assert estimate.high == pytest.approx(1)
-    assert (estimate.n, estimate.num_failed) == (30, 2)
-    one = bootstrap_difference([1.0, 1.0], [2.0, 4.0], seed=0, clusters=["p", "p"])
-    assert one == Estimate(2.0, None, None, n=2)
-
-
-def test_a_difference_of_lists_that_do_not_pair_is_refused():
-    with pytest.raises(ValueError, match="2 values before but 3 after"):
-        bootstrap_difference([1.0, 2.0], [1.0, 2.0, 3.0], seed=0)

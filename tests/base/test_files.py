@@ -44,9 +44,9 @@ def test_an_error_of_the_source_is_passed_on_as_it_is(tmp_path):
 
     def chunks():
         yield b"new"
-        raise ConnectionError("the judge went away")
+        raise LookupError("the judge went away")
 
-    with pytest.raises(ConnectionError, match="went away"):
+    with pytest.raises(LookupError, match="went away"):
         write_atomically(path, chunks())
     assert path.read_bytes() == b"old"
     assert names(tmp_path) == ["a.txt"]

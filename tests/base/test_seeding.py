@@ -5,7 +5,6 @@ from collections import Counter
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,7 +13,6 @@ from starling.base.seeding import (
     numpy_generator,
     permutation,
     python_generator,
-    torch_generator,
 )
 
 ARGUMENTS = st.tuples(
@@ -69,18 +67,10 @@ def test_a_counter_that_is_no_whole_number_is_refused():
 
 def test_generators_start_at_the_derived_seed():
     seed = derive_seed(5, "sft/order", 2)
-    expected = torch.rand(4, generator=torch.Generator().manual_seed(seed))
-    assert torch.equal(torch.rand(4, generator=torch_generator(5, "sft/order", 2)), expected)
     drawn = numpy_generator(5, "sft/order", 2).random(4)
     assert drawn.tolist() == np.random.Generator(np.random.PCG64(seed)).random(4).tolist()
     assert python_generator(5, "x").random() == python_generator(5, "x").random()
     assert python_generator(5, "x").random() != python_generator(5, "y").random()
-
-
-def test_generators_leave_the_global_state_alone():
-    before = torch.get_rng_state()
-    torch.rand(3, generator=torch_generator(0, "a"))
-    assert torch.equal(torch.get_rng_state(), before)
 
 
 @settings(deadline=None)

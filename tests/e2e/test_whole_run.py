@@ -7,7 +7,7 @@ import pytest
 
 from e2e.mini import starling, write_recipe
 from starling.base.hashing import hash_file
-from starling.judging.recorded import ledger_rows
+from starling.judging.ledger import ledger_rows
 from starling.judging.rubric import Checks, grade
 
 CLOCK_FILES = {"timing.jsonl", "manifest.json", ".lock"}

@@ -4,9 +4,9 @@ import random
 
 import pytest
 
-from starling.data.records import Message, Prompt
+from starling.data.records import Message, Prompt, RankedAnswer
 from starling.feedback.audit import Outcome, audit, chi_square, critical_99
-from starling.feedback.candidates import Answer, AnswerSet
+from starling.feedback.candidates import AnswerSet
 from starling.judging.judge import Comparison, Ranking, Unparsed
 from starling.judging.llm_judge import LlmJudge
 from starling.judging.recorded import CallStats
@@ -16,6 +16,10 @@ from starling.models.interfaces import Usage
 NO_USAGE = Usage(0, 0)
 
 
+def given(text, model, finish_reason):
+    return RankedAnswer(answer=text, model=model, finish_reason=finish_reason)
+
+
 def answer_set(id, answers, *, failures=(), empty=0, merged=0):
     prompt = Prompt(messages=(Message(role="user", content="?"),), id=id)
     return AnswerSet(prompt, tuple(answers), failures, empty, merged)
@@ -23,7 +27,7 @@ def answer_set(id, answers, *, failures=(), empty=0, merged=0):
 
 def outcome(id, texts, ranks, *, presented=None, good_natured=True, models=None):
     models = models or [f"m{n}" for n in range(len(texts))]
-    answers = [Answer(text, model, "stop") for text, model in zip(texts, models, strict=True)]
+    answers = [given(text, model, "stop") for text, model in zip(texts, models, strict=True)]
     shown = presented or tuple(range(len(texts)))
     verdict = Ranking(id, ranks, shown, good_natured, "", NO_USAGE)
     return Outcome(answer_set(id, answers), verdict)
@@ -56,7 +60,7 @@ def judged(*, position_bias, noise=0.3, n=300):
     )
     messages = (Message(role="user", content="?"),)
     comparisons = [Comparison(f"q{i}", messages, texts, {"contains_any": ["4"]}) for i in range(n)]
-    answers = [Answer(text, f"m{k}", "stop") for k, text in enumerate(texts)]
+    answers = [given(text, f"m{k}", "stop") for k, text in enumerate(texts)]
     return [Outcome(answer_set(v.id, answers), v) for v in judge.rank(comparisons)]
 
 
@@ -123,7 +127,7 @@ def test_good_nature_says_how_many_verdicts_did_not_tell():
 
 
 def test_everything_that_was_left_out_is_counted():
-    cut = Answer("x", "m", "length")
+    cut = given("x", "m", "length")
     outcomes = [
         outcome("a", ["x", "y"], (1, 2)),
         Outcome(answer_set("b", [cut, cut], merged=1, empty=1), Unparsed("b", "no ranking", "?")),

@@ -39,11 +39,11 @@ def test_two_prompts_of_one_id_are_refused(tmp_path):
 def test_a_limit_draws_by_the_seed_and_keeps_the_files_order(tmp_path):
     path = write(tmp_path / "p.jsonl", [row(f"{n:03}") for n in range(100)])
     draws = [
-        [prompt.messages[0].content for prompt in read(path, limit=10, seed=s).prompts]
+        [prompt.messages[0].content for prompt in read(path, limit=10, seed=s)[0]]
         for s in (0, 0, 1)
     ]
     assert draws[0] == draws[1] != draws[2]
     assert len(set(draws[0])) == 10
     assert draws[0] == sorted(draws[0])
     assert draws[0] != [f"{n:03}" for n in range(10)]
-    assert len(read(path, limit=1000).prompts) == 100
+    assert len(read(path, limit=1000)[0]) == 100

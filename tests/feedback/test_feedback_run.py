@@ -7,15 +7,16 @@ from collections import Counter
 
 import pytest
 from fake_server import FakeServer, Say, completion, error
+from pydantic import ValidationError
 
 from starling.base.context import Context
-from starling.base.errors import DataError, RecipeError, Stopped
+from starling.base.errors import DataError, Stopped
 from starling.base.jsonl import read_records
 from starling.data.records import Message, RankingRow, split_nectar_prompt
 from starling.feedback.config import Candidate, FeedbackInputs, FeedbackSection
 from starling.feedback.run import nectar_prompt, run
 from starling.judging.config import JudgeSection
-from starling.judging.recorded import ledger_rows
+from starling.judging.ledger import ledger_rows
 from starling.models import endpoint as endpoint_module
 
 
@@ -277,14 +278,14 @@ def test_a_limit_is_drawn_and_bad_rows_are_put_aside(tmp_path):
 @pytest.mark.parametrize(
     ("candidates", "said"),
     [
-        ((("good", 1),), "1 answers"),
-        ((("good", 20), ("bad", 7)), "27 answers"),
-        ((("good", 1), ("good", 1)), "two candidates"),
+        ((("good", 1),), "1 answer"),
+        ((("good", 20), ("bad", 7)), "27 answer"),
+        ((("good", 1), ("good", 1)), "stands twice"),
     ],
 )
 def test_candidates_that_cannot_be_ranked_are_refused_before_any_call(tmp_path, candidates, said):
     with FakeServer(answer) as server:
-        with pytest.raises(RecipeError, match=said):
+        with pytest.raises(ValidationError, match=said):
             stage(server.url, tmp_path, candidates=candidates)
         assert server.calls == []
 

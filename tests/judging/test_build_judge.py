@@ -4,7 +4,7 @@ import pytest
 from pydantic import ValidationError
 
 from starling.base.context import Context
-from starling.base.errors import InputError, RecipeError
+from starling.base.errors import InputError
 from starling.judging.build import build_judge
 from starling.judging.config import JudgeSection
 from starling.judging.recorded import Recorded
@@ -35,14 +35,14 @@ def test_a_rubric_is_never_recorded_because_checks_are_no_part_of_a_call(tmp_pat
 @pytest.mark.parametrize(
     ("fields", "missing"),
     [
-        ({"url": "http://h/v1"}, "judge.model"),
-        ({"model": "m"}, "judge.url"),
-        ({"kind": "local"}, "judge.model"),
+        ({"url": "http://h/v1"}, "model: is missing"),
+        ({"model": "m"}, "url: is missing"),
+        ({"kind": "local"}, "model: is missing"),
     ],
 )
 def test_a_judge_without_what_it_needs_is_refused_by_the_key_that_is_missing(fields, missing):
-    with pytest.raises(RecipeError, match=missing):
-        build(**fields)
+    with pytest.raises(ValidationError, match=missing):
+        JudgeSection(**fields)
 
 
 def test_a_key_that_is_not_set_is_found_before_any_call(monkeypatch):
@@ -51,7 +51,10 @@ def test_a_key_that_is_not_set_is_found_before_any_call(monkeypatch):
         build(url="http://h/v1", model="m", api_key_env="JUDGE_KEY")
 
 
-@pytest.mark.parametrize("url", ["http://me:sk-1@h/v1", "http://h/v1?api_key=sk-1", "h:8000"])
+@pytest.mark.parametrize(
+    "url",
+    ["http://me:sk-1@h/v1", "http://h/v1?api_key=sk-1", "http://h/v1#access_token=sk-1", "h:8", ""],
+)
 def test_a_section_with_a_key_in_its_url_is_refused_where_the_recipe_is_read(url):
     with pytest.raises(ValidationError) as caught:
         JudgeSection(url=url, model="m")

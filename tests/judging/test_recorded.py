@@ -8,7 +8,8 @@ import pytest
 
 from starling.base.errors import DataError
 from starling.data.records import Message
-from starling.judging.recorded import Recorded, ledger_rows, lost_calls
+from starling.judging.ledger import ledger_rows
+from starling.judging.recorded import Recorded
 from starling.models.interfaces import Failure, Reply, Request, Sampling, Usage
 
 
@@ -48,7 +49,7 @@ def test_a_reply_is_bought_once_and_comes_back_whole(tmp_path, together):
     path = tmp_path / "calls.sqlite"
     shop = Shop(together=together, ids=(3, 1, 4))
     first, stats = ask(shop, path, ["a", "b"])
-    assert (stats.new, stats.from_ledger, stats.answered) == (2, 0, 2)
+    assert (stats.new, stats.from_ledger, stats.results()["answered"]) == (2, 0, 2)
     again, stats = ask(shop, path, ["b", "a", "c"])
     assert shop.bought == ["a", "b", "c"]
     assert {reply.request_id: reply for reply in again[:2]} == {
@@ -157,7 +158,7 @@ def test_a_killed_run_pays_again_only_for_what_was_in_flight(tmp_path):
         replies = list(recorded.respond([request(text) for text in texts]))
     assert sorted(shop.bought) == list("efgh")
     assert sorted(reply.text for reply in replies) == [f"{text}!" for text in texts]
-    assert sorted(lost_calls(path).values()) == [1, 1, 1]
+    assert [row["times"] for row in ledger_rows(path, "lost")] == [1, 1, 1]
 
 
 def test_a_killed_and_resumed_ledger_equals_one_that_was_never_interrupted(tmp_path):
@@ -206,7 +207,7 @@ def test_opening_a_file_does_not_declare_another_responders_calls_lost(tmp_path)
                 yield Reply(each.id, "x", "stop", Usage(0, 0))
 
     _, stats = ask(Opens(), path, ["a"])
-    assert lost_calls(path) == {}
+    assert ledger_rows(path, "lost") == []
     assert stats.unknown == 0
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -187,6 +188,30 @@ def test_cutting_from_the_left_keeps_the_end_and_from_the_right_the_beginning(re
         assert cutting.encode(item) == (expected, True)
     exact = RewardModel(model, codec, max_length=len(whole))
     assert exact.encode(item) == (whole, False)
+
+
+def test_another_side_to_cut_is_refused(reward_folder, tmp_path):
+    changed = tmp_path / "changed"
+    shutil.copytree(reward_folder, changed)
+    config = json.loads((changed / "config.json").read_text())
+    (changed / "config.json").write_text(json.dumps(config | {"starling_truncate": "middle"}))
+    with pytest.raises(ModelError, match="truncate is 'middle'; it must be left or right"):
+        RewardModel.load(str(changed))
+
+
+def test_a_trained_reward_model_without_its_head_is_refused(reward_folder, tmp_path):
+    headless = tmp_path / "headless"
+    shutil.copytree(reward_folder, headless)
+    weights = load_file(headless / "model.safetensors")
+    del weights["score.weight"]
+    save_file(weights, headless / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match="headless: the weights lack score.weight"):
+        RewardModel.load(str(headless))
+
+
+def test_a_new_head_is_made_without_a_word(policy_folder, capfd):
+    RewardModel.from_language_model(str(policy_folder), seed=0)
+    assert capfd.readouterr() == ("", "")
 
 
 def test_the_longest_length_is_at_most_the_models_positions(reward_folder, tmp_path):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from starling.base.context import Context
-from starling.base.errors import CheckpointError, Stopped
+from starling.base.errors import CheckpointError, InputError, Stopped
 from starling.models.training import (
     Journal,
     Trainable,
@@ -91,7 +91,7 @@ def test_a_gradient_is_clipped_to_its_norm_and_the_norm_before_is_told():
 def test_a_gradient_that_is_not_finite_stops_before_a_weight_moves(bad):
     module, trainable = one_weight()
     module.weight.grad = torch.tensor([[bad, 1.0]])
-    with pytest.raises(ValueError, match="at optimizer step 7"):
+    with pytest.raises(InputError, match="at optimizer step 7; lower the stage's lr"):
         trainable.step(7)
     assert torch.equal(module.weight.detach(), torch.ones(1, 2))
 

@@ -179,6 +179,18 @@ def test_ctrl_c_stops_the_answer_and_keeps_the_conversation(
     assert err == "There is nothing to ask again.\n"
 
 
+def test_a_message_longer_than_the_context_does_not_end_a_session(tmp_path, monkeypatch, capfd):
+    folder = tiny_policy_folder(tmp_path / "model", max_length=64)
+    small = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    lines = iter(["word " * 100, "What?"])
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines, "/quit"))
+    chat(str(folder), max_tokens=8)
+    out, err = capfd.readouterr()
+    assert out == generated(small, waiting("What?")) + "\n"
+    assert "do not fit the model's 64 positions" in err
+
+
 def test_a_negative_temperature_is_refused_before_anything_is_loaded():
     with pytest.raises(InputError, match="the temperature is -1"):
         chat("no such model", temperature=-1)

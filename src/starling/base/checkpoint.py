@@ -3,7 +3,7 @@
     checkpoints/
       step-000120/tensors.safetensors   weights, optimizer moments, random states
       step-000120/state.json            everything else: schedule, data cursor, file offsets
-      step-000120/hashes.json           SHA-256 and size of the two files above
+      step-000120/hashes.json           SHA-256 of the two files above
       .tmp-...                          a save that was interrupted; the next save removes it
 
 A folder gets its final name only when it is complete and on disk, so a kill at any moment leaves
@@ -11,6 +11,7 @@ the checkpoints before it and, at most, a folder that nobody reads. One process 
 What goes into a snapshot, and comes back out, is in `training_state.py`.
 """
 
+import contextlib
 import json
 import logging
 import re
@@ -57,17 +58,16 @@ def save_checkpoint(folder: Path, snapshot: Snapshot, *, keep: int = 2) -> Path:
     """Write `folder/step-...`, then remove all but the newest `keep` up to this step.
 
     Returns the new folder; one of the same step is replaced. Raises CheckpointError when the disk
-    refuses, and leaves the older checkpoints as they were; ValueError when the state would not come
-    back from JSON as it is.
+    refuses, and leaves the older checkpoints as they were.
     """
-    if keep < 1:
-        raise ValueError(f"keep must be at least 1, found {keep}")
-    content = _encode_state(snapshot)
+    value = {"format": FORMAT, "step": snapshot.step, "state": snapshot.state}
+    content = json.dumps(value, indent=1, allow_nan=False).encode() + b"\n"
     final = folder / f"step-{snapshot.step:06d}"
     temporary = folder / f"{TEMPORARY}{final.name}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _remove_temporary(folder)
+        for left_over in folder.glob(f"{TEMPORARY}*"):
+            _remove(left_over)
         temporary.mkdir()
         save_file(_unshared(snapshot.tensors), temporary / TENSORS)
         (temporary / STATE).write_bytes(content)
@@ -127,35 +127,18 @@ def _verify(path: Path) -> None:
         if not (path / name).is_file():
             raise _Damage(f"{name} is missing")
     stored, actual = (path / HASHES).read_bytes(), _hashes(path)
-    if stored == actual:
-        return
-    try:
-        expected = json.loads(stored)
-        for name, found in json.loads(actual).items():
-            if found["size"] != expected[name]["size"]:
-                raise _Damage(f"{name} has {found['size']} bytes, not {expected[name]['size']}")
-            if found["sha256"] != expected[name]["sha256"]:
-                raise _Damage(f"{name} does not match its hash")
-    except (ValueError, LookupError, TypeError):
-        pass
-    raise _Damage(f"{HASHES} is not as it was written")
+    if stored != actual:
+        with contextlib.suppress(ValueError, LookupError, TypeError):
+            expected = json.loads(stored)
+            for name, found in json.loads(actual).items():
+                if found["sha256"] != expected[name]["sha256"]:
+                    raise _Damage(f"{name} does not match its hash")
+        raise _Damage(f"{HASHES} is not as it was written")
 
 
 def _hashes(path: Path) -> bytes:
-    files = {
-        name: {"sha256": hash_file(path / name), "size": (path / name).stat().st_size}
-        for name in (TENSORS, STATE)
-    }
+    files = {name: {"sha256": hash_file(path / name)} for name in (TENSORS, STATE)}
     return json.dumps(files, indent=2).encode() + b"\n"
-
-
-def _encode_state(snapshot: Snapshot) -> bytes:
-    value = {"format": FORMAT, "step": snapshot.step, "state": snapshot.state}
-    text = json.dumps(value, indent=1, allow_nan=False)
-    # A tuple or an integer key would come back as something else, and the run would not be exact.
-    if json.loads(text) != value:
-        raise ValueError("the state of a checkpoint must be plain JSON: no tuples, str keys only")
-    return text.encode() + b"\n"
 
 
 def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -172,14 +155,10 @@ def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _rename(temporary: Path, final: Path) -> None:
     if final.exists():
-        # A folder cannot be renamed onto another. A kill between these two renames loses this
-        # step, and the run then goes on from the checkpoint before it.
-        aside = final.with_name(f"{TEMPORARY}replaced-{final.name}")
-        final.rename(aside)
-        temporary.rename(final)
-        _remove(aside)
-    else:
-        temporary.rename(final)
+        # A folder cannot be renamed onto another. A kill between the two loses this step, and the
+        # run then goes on from the checkpoint before it.
+        shutil.rmtree(final)
+    temporary.rename(final)
     sync_folder(final.parent)
 
 
@@ -187,11 +166,6 @@ def _prune(folder: Path, step: int, keep: int) -> None:
     """Remove older checkpoints; those of later steps are damaged ones, left to be looked at."""
     up_to_now = [path for path in _checkpoints(folder) if _step_of(path) <= step]
     for path in up_to_now[:-keep]:
-        _remove(path)
-
-
-def _remove_temporary(folder: Path) -> None:
-    for path in folder.glob(f"{TEMPORARY}*"):
         _remove(path)
 
 

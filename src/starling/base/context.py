@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 from dataclasses import dataclass, field
-from types import FrameType, TracebackType
+from types import FrameType
 
 from starling.base.errors import RecipeError, Stopped
 
@@ -15,10 +15,9 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopFlag:
-    """Remembers SIGINT or SIGTERM until the run reaches a step boundary.
+    """Remembers SIGINT or SIGTERM until the run reaches a step boundary; a second SIGINT stops it.
 
-    A SIGINT after the first signal raises KeyboardInterrupt at once. Listens inside `with flag:`,
-    in the main thread only; elsewhere it stays down. The earlier handlers come back at the end.
+    Listens inside `with flag:`, in the main thread only; elsewhere it stays down.
     """
 
     def __init__(self) -> None:
@@ -36,15 +35,10 @@ class StopFlag:
                 self._earlier[number] = signal.signal(number, self._remember)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        while self._earlier:
-            number, handler = self._earlier.popitem()
-            signal.signal(number, handler if handler is not None else signal.SIG_DFL)  # type: ignore[arg-type]
+    def __exit__(self, *_error: object) -> None:
+        for number, handler in self._earlier.items():
+            signal.signal(number, handler or signal.SIG_DFL)  # type: ignore[arg-type]
+        self._earlier.clear()
 
     def _remember(self, number: int, _frame: FrameType | None) -> None:
         if self.signal_number is None:
@@ -73,19 +67,17 @@ class Context:
         return self.rank == 0
 
 
-def single_process_context(threads: int, device: str = "cpu", *, seed: int = 0) -> Context:
+def single_process_context(threads: int, device: str | None = "cpu", *, seed: int = 0) -> Context:
     """Set torch up for one process on one device, so that the same run gives the same bytes.
 
     On the CPU, an operation that has no repeatable version is an error. On a GPU it is a warning,
-    since some that models need have none there. Raises RecipeError for a device that is not here.
+    since some that models need have none there. Raises like `choose_device`.
     """
-    if threads < 1:
-        raise RecipeError(f"threads is {threads}; it must be at least 1.")
     # Read by cuBLAS when it starts; without it, matmuls on a GPU are not repeatable.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     import torch
 
-    _check_device(device)
+    device = choose_device(device)
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(True, warn_only=device != "cpu")
     # Filling fresh memory only makes reads of it repeatable, which are bugs; it costs time.
@@ -93,16 +85,18 @@ def single_process_context(threads: int, device: str = "cpu", *, seed: int = 0) 
     return Context(rank=0, world_size=1, device=device, threads=threads, seed=seed)
 
 
-def _check_device(device: str) -> None:
+def choose_device(wanted: str | None) -> str:
+    """The device asked for, or a GPU when there is one; RecipeError for one that is not here."""
     import torch
 
-    kind, _, number = device.partition(":")
-    if device == "cpu":
-        return
-    if kind != "cuda" or (number and not number.isdigit()):
-        raise RecipeError(f"device is {device!r}; it must be 'cpu', 'cuda' or 'cuda:<number>'.")
-    if int(number or 0) >= torch.cuda.device_count():
+    if wanted is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    kind, _, number = wanted.partition(":")
+    if wanted != "cpu" and (kind != "cuda" or (number and not number.isdigit())):
+        raise RecipeError(f"device is {wanted!r}; it must be 'cpu', 'cuda' or 'cuda:<number>'.")
+    if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
         raise RecipeError(
-            f"device is {device!r}, and {torch.cuda.device_count()} CUDA devices were found. "
+            f"device is {wanted!r}, and {torch.cuda.device_count()} CUDA devices were found. "
             "Set device: cpu, or run where there is a GPU."
         )
+    return wanted

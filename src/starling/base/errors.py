@@ -12,23 +12,25 @@ A message says what was wrong, what was found, and what to do. A broken promise 
 functions is a ValueError, a TypeError or an assert: those are bugs, and show a traceback.
 """
 
+from collections.abc import Sequence
+
+
+def some(names: Sequence[str], most: int) -> str:
+    """The first names of a list, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
 
 class StarlingError(Exception):
-    """Whatever ends a command on purpose."""
+    """Whatever ends a command on purpose, with this exit status."""
 
-    @property
-    def exit_code(self) -> int:
-        """The exit status of a command that ends with this error."""
-        return 1
+    exit_code = 1
 
 
 class InputError(StarlingError):
     """Something a user can fix; shown without a traceback."""
 
-    @property
-    def exit_code(self) -> int:
-        """Two, whatever the kind of input."""
-        return 2
+    exit_code = 2
 
 
 class RecipeError(InputError):
@@ -53,8 +55,5 @@ class Stopped(StarlingError):
     def __init__(self, signal_number: int) -> None:
         super().__init__(f"stopped by signal {signal_number}")
         self.signal_number = signal_number
-
-    @property
-    def exit_code(self) -> int:
-        """What a shell reports for a process ended by this signal."""
-        return 128 + self.signal_number
+        # What a shell reports for a process ended by this signal.
+        self.exit_code = 128 + signal_number

@@ -85,22 +85,12 @@ def bootstrap_mean(
     return Estimate(mean, low, high, n=array.size, num_failed=num_failed)
 
 
-def bootstrap_difference(
-    before: Sequence[float | int],
-    after: Sequence[float | int],
-    *,
-    seed: int,
-    num_failed: int = 0,
-    clusters: Sequence[Hashable] | None = None,
-) -> Estimate:
-    """Estimate the mean of after - before, where entry i of both is the same item.
-
-    Pairing takes the spread between items out of the interval. Raises as `bootstrap_mean`.
-    """
-    if len(before) != len(after):
-        raise ValueError(f"{len(before)} values before but {len(after)} after: they must pair up")
-    differences = np.asarray(after, dtype=np.float64) - np.asarray(before, dtype=np.float64)
-    return bootstrap_mean(differences.tolist(), seed=seed, num_failed=num_failed, clusters=clusters)
+def clustered_mean(
+    values: Sequence[tuple[Hashable, float]], *, seed: int, num_failed: int = 0
+) -> dict[str, Any]:
+    """`bootstrap_mean` of values that each stand behind the name of their cluster, for JSON."""
+    names, numbers = zip(*values, strict=True)
+    return bootstrap_mean(numbers, seed=seed, num_failed=num_failed, clusters=names).as_dict()
 
 
 def _resampled_means(sums: np.ndarray, sizes: np.ndarray, seed: int) -> np.ndarray:

@@ -1,87 +1,40 @@
 """Say what is wrong with a tree of settings: full path, what was found, what is allowed.
 
-pydantic finds the problems; this file words them, and names the nearest key or word where one is
+pydantic finds the problems and says what is allowed; this file adds the nearest key where one is
 misspelt.  Anything that may be a key to an API is not repeated.
 """
 
 import difflib
 import json
-import types
-from collections.abc import Iterator, Sequence
-from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
+from collections.abc import Iterator
+from typing import Any, get_args
 
-from annotated_types import Ge, Gt, Le, Lt, MinLen
 from pydantic import BaseModel, ValidationError
 
 LONGEST_FOUND = 60
 """Characters of a wrong value that are shown."""
 
 
-class Place(NamedTuple):
-    """What a tree may hold somewhere: a type, and what limits its values."""
-
-    annotation: Any
-    metadata: Sequence[Any] = ()
-
-
 def explain(error: ValidationError, model: type[BaseModel]) -> list[str]:
     """One line per problem that pydantic found in a tree meant for `model`."""
     lines = []
-    problems = error.errors(include_url=False)
-    for problem in problems:
-        location = problem["loc"]
+    for problem in error.errors(include_url=False):
+        location, found = problem["loc"], problem["input"]
         path = ".".join(str(part) for part in location)
         match problem["type"]:
             case "extra_forbidden":
-                lines.append(f"{path}: {_unknown_key(model, location, problem['input'])}")
+                lines.append(f"{path}: {_unknown_key(model, location, found)}")
             case "missing":
-                allowed = describe_allowed(_place_at(model, location))
-                lines.append(f"{path}: is missing; needed: {allowed}")
-            case "too_short" if any(
-                other["loc"][: len(location)] == location and other is not problem
-                for other in problems
-            ):
-                pass  # pydantic does not count the entries that are wrong themselves
+                lines.append(f"{path}: is missing")
             case "value_error":
-                # A validator of ours, which may have several things to say.
+                # A validator of ours. A section's own names the field that it speaks of; the
+                # tree's may have several things to say.
+                start = "" if not path else f"{path}." if isinstance(found, dict) else f"{path}: "
                 texts = str(problem.get("ctx", {})["error"]).splitlines()
-                lines += [f"{path}: {text}" if path else text for text in texts]
+                lines += [start + text for text in texts]
             case _:
-                place = _place_at(model, location)
-                found = describe_found(problem["input"])
-                allowed = describe_allowed(place) + _nearest_word(place, problem["input"])
-                finite = ", finite" if problem["type"] == "finite_number" else ""
-                lines.append(f"{path}: found {found}; allowed: {allowed}{finite}")
+                lines.append(f"{path}: found {_shown(found)}; {problem['msg']}")
     return lines
-
-
-def describe_found(value: Any) -> str:
-    """A value as it stands in the file, shortened."""
-    if isinstance(value, dict):
-        return "a section" if value else "an empty section"
-    if isinstance(value, list):
-        return f"a list of {len(value)}" if value else "an empty list"
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= LONGEST_FOUND else text[: LONGEST_FOUND - 3] + "..."
-
-
-def describe_allowed(place: Place) -> str:
-    """What may stand there, in words: `a number, above 0, at most 1, or null`."""
-    kinds = [kind for kind in _alternatives(place.annotation) if kind is not types.NoneType]
-    text = " or ".join(_describe_kind(kind) for kind in kinds)
-    for limit in place.metadata:
-        match limit:
-            case Ge(ge=bound):
-                text += f", at least {bound}"
-            case Gt(gt=bound):
-                text += f", above {bound}"
-            case Le(le=bound):
-                text += f", at most {bound}"
-            case Lt(lt=bound):
-                text += f", below {bound}"
-            case MinLen(min_length=length):
-                text += f", with at least {length}"
-    return text + (", or null" if types.NoneType in _alternatives(place.annotation) else "")
 
 
 def all_keys(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -90,66 +43,37 @@ def all_keys(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, st
         yield name, prefix + name
         section = _section_in(field.annotation)
         if section is not None:
-            is_list = any(get_origin(kind) is tuple for kind in _alternatives(field.annotation))
+            is_list = "tuple" in str(field.annotation)
             yield from all_keys(section, f"{prefix}{name}.{'N.' if is_list else ''}")
 
 
-def _describe_kind(kind: Any) -> str:
-    if get_origin(kind) is Literal:
-        words = [str(word) for word in get_args(kind)]
-        return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
-    if get_origin(kind) is tuple:
-        return f"a list (each entry: {describe_allowed(Place(get_args(kind)[0]))})"
-    if isinstance(kind, type) and issubclass(kind, BaseModel):
-        return f"a section with keys such as {', '.join(list(kind.model_fields)[:3])}"
-    names = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
-    return names[kind]
+def _shown(value: Any) -> str:
+    """A value as it stands in the file, shortened."""
+    if isinstance(value, dict | list):
+        kind = "a section" if isinstance(value, dict) else "a list"
+        return kind if value else f"{kind} without entries"
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= LONGEST_FOUND else text[: LONGEST_FOUND - 3] + "..."
 
 
 def _unknown_key(model: type[BaseModel], location: tuple[int | str, ...], value: Any) -> str:
     """What to say about a key that is not one: its value, and the nearest that are."""
     *parents, key = (str(part) for part in location)
     secret = isinstance(value, str) and "key" in key
-    found = f"there is no such key (found {'a text' if secret else describe_found(value)})"
-    prefix = "".join(f"{part}." for part in parents)
-    section = _section_in(_place_at(model, location[:-1]).annotation)
-    siblings = list(section.model_fields) if section is not None else []
-    near = [prefix + name for name in difflib.get_close_matches(key, siblings, n=1)]
+    found = f"there is no such key (found {'a text' if secret else _shown(value)})"
+    section = model
+    for part in parents:
+        inner = None if part.isdigit() else _section_in(section.model_fields[part].annotation)
+        section = inner or section
+    siblings = {name: ".".join([*parents, name]) for name in section.model_fields}
+    near = [siblings[name] for name in difflib.get_close_matches(key, siblings, n=1)]
     if not near:
-        near = [path for name, path in all_keys(model) if name == key][:3]
-    if not near:
-        names = {name for name, _ in all_keys(model)}
-        close = difflib.get_close_matches(key, sorted(names), n=1, cutoff=0.75)
-        near = [path for name, path in all_keys(model) if name in close][:3]
+        named = list(all_keys(model))
+        close = difflib.get_close_matches(key, sorted(name for name, _ in named), n=1, cutoff=0.75)
+        near = [path for name, path in named if name in close][:3]
     if near:
         return f"{found}; did you mean {' or '.join(near)}?"
     return f"{found}; allowed here: {', '.join(siblings)}"
-
-
-def _nearest_word(place: Place, value: Any) -> str:
-    words = [
-        str(word)
-        for kind in _alternatives(place.annotation)
-        if get_origin(kind) is Literal
-        for word in get_args(kind)
-    ]
-    near = difflib.get_close_matches(str(value), words, n=1)
-    return f"; did you mean {near[0]}?" if near else ""
-
-
-def _place_at(model: type[BaseModel], location: Sequence[int | str]) -> Place:
-    """What belongs at this location; the tree's root for an empty one."""
-    place = Place(model)
-    for part in location:
-        if isinstance(part, int):
-            lists = [kind for kind in _alternatives(place.annotation) if get_origin(kind) is tuple]
-            place = Place(get_args(lists[0])[0])
-        else:
-            section = _section_in(place.annotation)
-            assert section is not None, f"pydantic located a problem outside the tree: {location}"
-            field = section.model_fields[part]
-            place = Place(field.annotation, field.metadata)
-    return place
 
 
 def _section_in(annotation: Any) -> type[BaseModel] | None:
@@ -158,8 +82,3 @@ def _section_in(annotation: Any) -> type[BaseModel] | None:
         return annotation
     inner = (_section_in(part) for part in get_args(annotation))
     return next((section for section in inner if section is not None), None)
-
-
-def _alternatives(annotation: Any) -> tuple[Any, ...]:
-    is_union = get_origin(annotation) in (Union, types.UnionType)
-    return get_args(annotation) if is_union else (annotation,)

@@ -1,5 +1,7 @@
 """Writing to disk so that a reader finds the old file or the new one, never half of one."""
 
+import contextlib
+import difflib
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,19 +18,20 @@ def write_atomically(path: Path, chunks: Iterable[bytes]) -> None:
     temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = temporary.open("wb")
-    except OSError as error:
-        raise _refused(path, error) from error
-    try:
-        with file:
-            # Not writelines: an OSError of the iterable is not one of our disk.
-            for chunk in chunks:
-                _write(file.write, chunk, path)
-            _write(_flush_and_sync, file, path)
-        _write(temporary.replace, path, path)
+        with temporary.open("wb") as file:
+            file.writelines(chunks)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
         sync_folder(path.parent)
+    except OSError as error:
+        raise DataError(
+            f"could not write {path}: {error.strerror or error}. "
+            "Make room or choose a folder that can be written, then run the same command again."
+        ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def sync_folder(folder: Path) -> None:
@@ -46,20 +49,11 @@ def sync_file(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def _write(operation, argument, path: Path) -> None:
-    try:
-        operation(argument)
-    except OSError as error:
-        raise _refused(path, error) from error
-
-
-def _flush_and_sync(file) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _refused(path: Path, error: OSError) -> DataError:
-    return DataError(
-        f"could not write {path}: {error.strerror or error}. "
-        "Make room or choose a folder that can be written, then run the same command again."
-    )
+def neighbours(path: Path) -> str:
+    """What is there instead of a file that is not."""
+    folder = path.parent
+    if not folder.is_dir():
+        return f"There is no folder {folder} either."
+    names = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
+    near = difflib.get_close_matches(path.name, names, n=3, cutoff=0.5) or names[:3]
+    return f"{folder} holds {', '.join(near)}." if near else f"{folder} is empty."

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -15,29 +14,21 @@ def hash_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def hash_tree(path: Path, *, ignore: Collection[str] = ()) -> str:
+def hash_tree(path: Path) -> str:
     """The hash of a folder: the names and contents of all files in it, at any depth.
 
-    Entries directly in the folder that are named in `ignore` do not count, nor do empty folders,
-    times and permissions. Links count as what they point to. Raises DataError when there is no such
-    folder.
+    Empty folders, times and permissions do not count; links count as what they point to. Raises
+    DataError when there is no such folder.
     """
     if not path.is_dir():
         raise DataError(
             f"there is no folder {path}. Check the path, or run the stage that makes it."
         )
-    names = sorted(
-        file.relative_to(path).as_posix()
-        for file in path.rglob("*")
-        if file.is_file() and file.relative_to(path).parts[0] not in ignore
-    )
+    names = sorted(f.relative_to(path).as_posix() for f in path.rglob("*") if f.is_file())
     return hash_json([[name, hash_file(path / name)] for name in names])
 
 
 def hash_json(value: Any) -> str:
-    """The hash of a JSON value; the order of an object's keys does not count.
-
-    Raises ValueError for NaN and infinity and TypeError for what is not JSON.
-    """
+    """The hash of a JSON value; the order of an object's keys does not count."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()

@@ -5,30 +5,22 @@ record's fields is put aside in a quarantine file with its line number and the r
 more than a few such rows is refused. Writing replaces the whole file at once.
 """
 
-import difflib
+import contextlib
 import json
 import logging
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
 from starling.base.errors import DataError
-from starling.base.files import write_atomically
+from starling.base.files import neighbours, write_atomically
 
 logger = logging.getLogger(__name__)
 
 M = TypeVar("M", bound=BaseModel)
-
-
-class BadRow(NamedTuple):
-    """A line that is no record: where, why, and what stood there."""
-
-    line: int
-    reason: str
-    text: str
 
 
 def read_records(
@@ -45,7 +37,7 @@ def read_records(
     than `allowed_share` of its rows are bad; and, without a quarantine, when any is.
     """
     records: list[M] = []
-    bad: list[BadRow] = []
+    bad: list[dict[str, Any]] = []
     for line, content in enumerate(_read_bytes(path).split(b"\n"), start=1):
         if not content.strip():
             continue
@@ -53,7 +45,7 @@ def read_records(
             records.append(_parse_record(content, record))
         except ValueError as error:
             text = content.decode("utf-8", errors="backslashreplace").rstrip("\r")
-            bad.append(BadRow(line, _reason(error), text))
+            bad.append({"line": line, "reason": _reason(error), "text": text})
     total = len(records) + len(bad)
     if total == 0:
         raise DataError(f"{path} holds no rows. It needs one JSON object a line.")
@@ -91,17 +83,11 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def parse_json(content: bytes) -> Any:
-    """Parse strict JSON: UTF-8, distinct keys, finite numbers, no lone surrogates.
-
-    Raises ValueError with a reason that a user can read.
-    """
+    """Parse strict JSON: UTF-8, distinct keys, finite numbers, no lone surrogates."""
     text = content.decode("utf-8-sig")
     try:
         value = json.loads(
-            text,
-            object_pairs_hook=_distinct_keys,
-            parse_constant=_finite,
-            parse_float=_finite,
+            text, object_pairs_hook=_distinct_keys, parse_constant=_finite, parse_float=_finite
         )
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
@@ -162,13 +148,13 @@ def _dump_line(record: BaseModel | Mapping[str, Any]) -> bytes:
 
 
 def _report_bad_rows(
-    path: Path, bad: list[BadRow], total: int, quarantine: Path | None, allowed_share: float
+    path: Path, bad: list[dict[str, Any]], total: int, quarantine: Path | None, allowed_share: float
 ) -> None:
     found = f"{len(bad)} of {total} rows of {path} are bad"
     if quarantine is not None and len(bad) <= allowed_share * total:
         logger.warning("%s and were left out; they stand in %s", found, quarantine)
         return
-    reasons = "".join(f"\n  line {row.line}: {row.reason}" for row in bad[:3])
+    reasons = "".join(f"\n  line {row['line']}: {row['reason']}" for row in bad[:3])
     more = f"\n  and {len(bad) - 3} more" if len(bad) > 3 else ""
     where = f" All of them stand in {quarantine}." if quarantine is not None else ""
     limit = "none" if quarantine is None else f"at most {allowed_share:.3g} of the rows"
@@ -177,32 +163,23 @@ def _report_bad_rows(
     )
 
 
-def _update_quarantine(quarantine: Path, name: str, bad: list[BadRow]) -> None:
+def _update_quarantine(quarantine: Path, name: str, bad: list[dict[str, Any]]) -> None:
     """Put the bad rows of the file `name` in place of those of an earlier read of it."""
-    earlier = []
-    if quarantine.exists():
-        earlier = [json.loads(line) for line in _read_bytes(quarantine).splitlines()]
-    others = [row for row in earlier if row["file"] != name]
-    if others or bad:
-        write_records(quarantine, [*others, *({"file": name, **row._asdict()} for row in bad)])
-    elif earlier:
-        quarantine.unlink()
+    rows = [{"file": name, **row} for row in bad]
+    # One that cannot be read is replaced: reading its files again fills it again.
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+        earlier = [json.loads(line) for line in quarantine.read_bytes().splitlines()]
+        rows += [row for row in earlier if row["file"] != name]
+    if rows:
+        write_records(quarantine, rows)
+    else:
+        quarantine.unlink(missing_ok=True)
 
 
 def _read_bytes(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except FileNotFoundError as error:
-        raise DataError(f"there is no {path}. {_nearest(path)}") from error
+        raise DataError(f"there is no {path}. {neighbours(path)}") from error
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror or error}.") from error
-
-
-def _nearest(path: Path) -> str:
-    """What is there instead of a file that is not."""
-    folder = path.parent
-    if not folder.is_dir():
-        return f"There is no folder {folder} either."
-    names = sorted(entry.name for entry in folder.iterdir())
-    near = difflib.get_close_matches(path.name, names, n=3, cutoff=0.5) or names[:3]
-    return f"{folder} holds {', '.join(near)}." if near else f"{folder} is empty."

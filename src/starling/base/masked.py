@@ -23,22 +23,15 @@ def masked_sum(values: Values, mask: Mask, *, dim: int | None = None) -> Reduced
     return kept.sum() if dim is None else kept.sum(dim)
 
 
-def masked_mean(values: Values, mask: Mask, *, dim: int | None = None) -> Reduced:
+def masked_mean(values: Values, mask: Mask) -> Reduced:
     """Average the kept entries, each with the same weight. Raises like `masked_sum`."""
-    kept = _kept(values, mask, dim)
-    if dim is None:
-        return kept.sum() / mask.sum()
-    return kept.sum(dim) / mask.sum(dim)
+    return _kept(values, mask, None).sum() / mask.sum()
 
 
-def masked_var(values: Values, mask: Mask, *, dim: int | None = None) -> Reduced:
+def masked_var(values: Values, mask: Mask) -> Reduced:
     """The population variance (divided by the count) of the kept entries. Raises like the sum."""
-    kept = _kept(values, mask, dim)
-    if dim is None:
-        deviations = kept - kept.sum() / mask.sum()
-    else:
-        deviations = kept - kept.sum(dim, keepdim=True) / mask.sum(dim, keepdim=True)
-    return masked_mean(deviations.square(), mask, dim=dim)
+    kept = _kept(values, mask, None)
+    return masked_mean((kept - kept.sum() / mask.sum()).square(), mask)
 
 
 def _kept(values: Values, mask: Mask, dim: int | None) -> Values:

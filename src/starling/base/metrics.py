@@ -9,8 +9,8 @@ import math
 import os
 import re
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
-from types import TracebackType
 
 from starling.base.errors import CheckpointError
 
@@ -18,7 +18,7 @@ KEY = re.compile(r"[a-z][a-z0-9_]*(/[a-z0-9][a-z0-9_]*)+")
 """`stage/noun`, and deeper: `bench/writing/score`."""
 
 
-class MetricsLog:
+class MetricsLog(AbstractContextManager["MetricsLog"]):
     """Appends one line per step to a file and flushes each."""
 
     def __init__(self, path: Path) -> None:
@@ -56,7 +56,7 @@ class MetricsLog:
         the file that the checkpoint was saved with.
         """
         size = self.offset()
-        if size < offset or not self._ends_line(offset):
+        if size < offset or self.path.read_bytes()[:offset][-1:] not in (b"", b"\n"):
             raise CheckpointError(
                 f"{self.path} holds {size} bytes and does not fit its checkpoint, which stands at "
                 f"byte {offset}. Delete the stage's folder to run the stage from its start."
@@ -69,20 +69,5 @@ class MetricsLog:
         """Close the file; a second time does nothing."""
         self._file.close()
 
-    def __enter__(self) -> "MetricsLog":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_error: object) -> None:
         self.close()
-
-    def _ends_line(self, offset: int) -> bool:
-        if offset == 0:
-            return True
-        with self.path.open("rb") as file:
-            file.seek(offset - 1)
-            return file.read(1) == b"\n"

@@ -3,13 +3,13 @@
 import shutil
 import sys
 import time
-from types import TracebackType
+from contextlib import AbstractContextManager
 
 TERMINAL_SECONDS = 0.25
 PLAIN_SECONDS = 15.0
 
 
-class Progress:
+class Progress(AbstractContextManager["Progress"]):
     """`ppo  120/400  30%  2m10s left  kl 0.03`: redrawn in a terminal, else a line now and then.
 
     `start` is what an earlier, interrupted run had done: it does not count as fast work.
@@ -21,61 +21,39 @@ class Progress:
         self.enabled = enabled
         self._is_terminal = sys.stderr.isatty()
         self._start = start
-        self._start_time = time.monotonic()
-        self._shown_time = self._start_time
+        self._start_time = self._shown_time = time.monotonic()
         self._is_line_open = False
 
     def update(self, done: int, note: str = "") -> None:
-        """Show that `done` of `total` are finished, unless the last line is still fresh.
-
-        The last one, `done == total`, is always shown.
-        """
+        """Show that `done` are finished, unless the line is still fresh; the last always shows."""
         now = time.monotonic()
         interval = TERMINAL_SECONDS if self._is_terminal else PLAIN_SECONDS
         is_last = done >= self.total
         if not self.enabled or (now - self._shown_time < interval and not is_last):
             return
         self._shown_time = now
-        text = "  ".join(part for part in (*self._parts(done, now), note) if part)
+        elapsed = now - self._start_time
+        clock = f"done in {_duration(elapsed)}" if is_last else ""
+        if self._start < done < self.total:
+            left = elapsed * (self.total - done) / (done - self._start)
+            clock = f"{_duration(left)} left"
+        share = f"{done / self.total:.0%}" if self.total else "100%"
+        parts = (self.label, f"{done}/{self.total}", share, clock, note)
+        text = "  ".join(part for part in parts if part)
         if self._is_terminal:
-            width = shutil.get_terminal_size().columns - 1
-            sys.stderr.write(f"\r\x1b[K{text[:width]}")
-            self._is_line_open = True
-            if is_last:
-                self.close()
-        else:
-            sys.stderr.write(text + "\n")
+            text = f"\r\x1b[K{text[: shutil.get_terminal_size().columns - 1]}"
+        self._is_line_open = self._is_terminal and not is_last
+        sys.stderr.write(text if self._is_line_open else text + "\n")
         sys.stderr.flush()
 
     def close(self) -> None:
         """End the line, so that what comes next starts on its own."""
         if self._is_line_open:
             sys.stderr.write("\n")
-            sys.stderr.flush()
             self._is_line_open = False
 
-    def __enter__(self) -> "Progress":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_error: object) -> None:
         self.close()
-
-    def _parts(self, done: int, now: float) -> tuple[str, ...]:
-        elapsed = now - self._start_time
-        if done >= self.total:
-            clock = f"done in {_duration(elapsed)}"
-        elif done > self._start:
-            left = elapsed * (self.total - done) / (done - self._start)
-            clock = f"{_duration(left)} left"
-        else:
-            clock = ""
-        share = f"{done / self.total:.0%}" if self.total else "100%"
-        return self.label, f"{done}/{self.total}", share, clock
 
 
 def _duration(seconds: float) -> str:

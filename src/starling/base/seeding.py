@@ -1,7 +1,7 @@
 """Every random stream is derived from (seed, purpose, counters), never from a global state.
 
 So a step's randomness depends on which step it is and on nothing that ran before it, and a resumed
-run draws what the uninterrupted one would have drawn. torch and numpy are imported when asked for.
+run draws what the uninterrupted one would have drawn. numpy is imported when asked for.
 """
 
 import hashlib
@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import numpy
-    import torch
 
 
 def derive_seed(seed: int, purpose: str, *counters: int) -> int:
@@ -24,13 +23,6 @@ def derive_seed(seed: int, purpose: str, *counters: int) -> int:
     numbers = [operator.index(number) for number in (seed, *counters)]
     text = json.dumps([purpose, *numbers])
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
-
-
-def torch_generator(seed: int, purpose: str, *counters: int) -> "torch.Generator":
-    """A CPU generator at the start of the derived stream."""
-    import torch
-
-    return torch.Generator().manual_seed(derive_seed(seed, purpose, *counters))
 
 
 def numpy_generator(seed: int, purpose: str, *counters: int) -> "numpy.random.Generator":

@@ -1,16 +1,13 @@
 """Read and write YAML as people mean it: keys stand once, 1e-5 is a number, yes and on are words.
 
 PyYAML speaks YAML 1.1, where `1e-5` is text, `no` is False, `1:30` is ninety, 010 is eight and the
-last of two equal keys wins.  Here the words of YAML 1.2's core schema count.  Tags, anchors and
-merge keys are refused: recipes are short, and what stands in one should be what is meant.
+last of two equal keys wins.  Here the words of YAML 1.2's core schema count, and tags are refused.
 """
 
 import re
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import yaml
-from yaml.composer import ComposerError
 
 _CORE = (
     ("null", r"~|null|Null|NULL|", "~nN\0"),
@@ -28,21 +25,10 @@ _TAGS = {
 }
 
 
-_PLAIN = {yaml.ScalarNode: "str", yaml.SequenceNode: "seq", yaml.MappingNode: "map"}
-
-
 class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader with the core schema's words, and without aliases."""
+    """PyYAML's safe loader with the core schema's words."""
 
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
-
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):
-            event = self.peek_event()
-            raise ComposerError(
-                None, None, "anchors and aliases are not read here: write it out", event.start_mark
-            )
-        return super().compose_node(parent, index)
 
 
 class _Dumper(yaml.SafeDumper):
@@ -58,25 +44,15 @@ for _name, _pattern, _first in _CORE:
         )
 
 
-class Parsed(NamedTuple):
-    """A YAML document: its value, and what is wrong with it although it could be read."""
-
-    value: Any
-    problems: list[str]
-
-
-def parse_yaml(text: str) -> Parsed:
-    """Read one document; of a key that stands twice the last value is kept and a problem told.
-
-    Raises ValueError, with line and column, for what is not YAML.
-    """
+def parse_yaml(text: str) -> Any:
+    """Read one document; ValueError for what is not YAML, keys that stand twice, and tags."""
     try:
         loader = _Loader(text)
         node = loader.get_single_node()
         if node is None:
-            return Parsed(None, [])
-        problems = list(_problems(node, ()))
-        value = loader.construct_document(node)
+            return None
+        _check(node, ())
+        return loader.construct_document(node)
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
     except yaml.MarkedYAMLError as error:
@@ -85,7 +61,6 @@ def parse_yaml(text: str) -> Parsed:
         raise ValueError(f"{where}{error.problem or error.context}") from error
     except yaml.YAMLError as error:
         raise ValueError(str(error).replace("\n", " ")) from error
-    return Parsed(value, problems)
 
 
 def dump_yaml(value: Any) -> str:
@@ -93,23 +68,19 @@ def dump_yaml(value: Any) -> str:
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, width=100)
 
 
-def _problems(node: yaml.Node, path: tuple[str, ...]) -> Iterator[str]:
-    """Keys that stand twice, and tags (which are taken off), each with its full path."""
+def _check(node: yaml.Node, path: tuple[str, ...]) -> None:
     if node.tag not in _TAGS:
         line = node.start_mark.line + 1
-        yield f"{'.'.join(path)}: the tag {node.tag!r} on line {line} is not read here"
-        node.tag = f"tag:yaml.org,2002:{_PLAIN[type(node)]}"
+        raise ValueError(f"line {line}: the tag {node.tag!r} is not read here")
     if isinstance(node, yaml.SequenceNode):
         for number, item in enumerate(node.value):
-            yield from _problems(item, (*path, str(number)))
+            _check(item, (*path, str(number)))
     elif isinstance(node, yaml.MappingNode):
         lines: dict[str, int] = {}
         for key, item in node.value:
-            if not isinstance(key, yaml.ScalarNode):
-                continue  # no dictionary key: the constructor refuses it
-            line = key.start_mark.line + 1
-            inner = (*path, key.value)
-            if key.value in lines:
-                yield f"{'.'.join(inner)}: stands twice, on lines {lines[key.value]} and {line}"
-            lines[key.value] = line
-            yield from _problems(item, inner)
+            line, name = key.start_mark.line + 1, str(key.value)
+            if name in lines:
+                place = ".".join([*path, name])
+                raise ValueError(f"{place} stands twice, on lines {lines[name]} and {line}")
+            lines[name] = line
+            _check(item, (*path, name))

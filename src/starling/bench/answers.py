@@ -40,21 +40,11 @@ class Answer:
 
     def as_dict(self) -> dict[str, Any]:
         """A row of answers.jsonl, from which every figure can be computed again."""
-        gold = self.gold
-        parts = None if gold is None else gold._asdict() | {"total": gold.total}
-        return {
-            "id": self.question,
-            "category": self.category,
-            "split": "bench",
-            "turn": self.turn,
-            "policy": self.policy,
-            "decoding": self.decoding,
-            "messages": [message.model_dump() for message in self.messages],
-            "answer": self.answer,
-            "finish_reason": self.finish_reason,
-            "tokens": self.tokens,
-            "gold": parts,
-        }
+        row: dict[str, Any] = {"id": self.question, "split": "bench", **vars(self)}
+        del row["question"], row["checks"]
+        row["messages"] = [message.model_dump() for message in self.messages]
+        row["gold"] = self.gold and self.gold._asdict() | {"total": self.gold.total}
+        return row
 
 
 @dataclass(frozen=True)
@@ -67,15 +57,8 @@ class Contestant:
     max_tokens: int
     seed: int
 
-    @property
-    def temperature(self) -> float:
-        return 0.0 if self.decoding == "greedy" else 1.0
-
     def answer(self, questions: Sequence[Question]) -> list[Answer]:
-        """Answer every turn of every question.
-
-        Raises DataError when a call fails, and for two questions of one id.
-        """
+        """Answer every turn; DataError when a call fails, and for two questions of one id."""
         history: dict[str, tuple[Message, ...]] = {question.id: () for question in questions}
         if len(history) < len(questions):
             ids = [question.id for question in questions]
@@ -87,46 +70,38 @@ class Contestant:
             for question in asked:
                 user = Message(role="user", content=question.turns[turn])
                 history[question.id] += (user,)
-            replies = self._replies(asked, history, turn)
+            # Both policies draw the same uniforms: the comparison is sharper for it.
+            requests = [
+                self.request(question.id, history[question.id], f"bench/{question.id}", turn)
+                for question in asked
+            ]
+            replies = replies_by_id(self.responder, requests)
             for question in asked:
-                answer = self._answer(question, history[question.id], turn, replies[question.id])
-                answers.append(answer)
-                history[question.id] += (Message(role="assistant", content=answer.answer),)
+                reply = replies[question.id]
+                answers.append(
+                    Answer(
+                        question=question.id,
+                        category=question.category,
+                        turn=turn + 1,
+                        policy=self.name,
+                        decoding=self.decoding,
+                        messages=history[question.id],
+                        answer=reply.text,
+                        finish_reason=reply.finish_reason,
+                        tokens=reply.usage.response_tokens,
+                        checks=None if question.checks is None else question.checks[turn],
+                    )
+                )
+                history[question.id] += (Message(role="assistant", content=reply.text),)
         return answers
 
-    def _replies(
-        self, asked: Sequence[Question], history: dict[str, tuple[Message, ...]], turn: int
-    ) -> dict[str, Reply]:
-        # Both policies draw the same uniforms: common random numbers make the comparison sharper.
-        requests = [
-            Request(
-                question.id,
-                history[question.id],
-                Sampling(
-                    self.max_tokens,
-                    self.temperature,
-                    derive_seed(self.seed, f"bench/{question.id}", turn),
-                ),
-            )
-            for question in asked
-        ]
-        return replies_by_id(self.responder, requests)
-
-    def _answer(
-        self, question: Question, messages: tuple[Message, ...], turn: int, reply: Reply
-    ) -> Answer:
-        return Answer(
-            question=question.id,
-            category=question.category,
-            turn=turn + 1,
-            policy=self.name,
-            decoding=self.decoding,
-            messages=messages,
-            answer=reply.text,
-            finish_reason=reply.finish_reason,
-            tokens=reply.usage.response_tokens,
-            checks=None if question.checks is None else question.checks[turn],
-        )
+    def request(
+        self, id: str, messages: tuple[Message, ...], purpose: str, *counters: int
+    ) -> Request:
+        """A request decoded as this contestant does, from the random stream of the purpose."""
+        seed = derive_seed(self.seed, purpose, *counters)
+        temperature = 0.0 if self.decoding == "greedy" else 1.0
+        return Request(id, messages, Sampling(self.max_tokens, temperature, seed))
 
 
 def replies_by_id(responder: Responder, requests: Sequence[Request]) -> dict[str, Reply]:
@@ -147,17 +122,11 @@ def best_of(
     The conversation is the baseline's own, so this is the yardstick that PPO should reach.
     """
     requests = [
-        Request(
-            f"{row}/{number}",
-            answer.messages,
-            Sampling(
-                contestant.max_tokens,
-                contestant.temperature,
-                derive_seed(contestant.seed, f"best-of/{answer.question}", answer.turn, number),
-            ),
+        contestant.request(
+            f"{row}/{n}", answer.messages, f"best-of/{answer.question}", answer.turn, n
         )
         for row, answer in enumerate(answers)
-        for number in range(samples)
+        for n in range(samples)
     ]
     replies = replies_by_id(contestant.responder, requests)
     scores = reward_model.score(
@@ -167,17 +136,15 @@ def best_of(
         )
         for request in requests
     )
-    chosen: list[Answer] = []
-    for row, answer in enumerate(answers):
-        best = int(scores[row * samples : (row + 1) * samples].argmax())
-        reply = replies[f"{row}/{best}"]
-        chosen.append(
-            replace(
-                answer,
-                policy=f"best_of_{samples}",
-                answer=reply.text,
-                finish_reason=reply.finish_reason,
-                tokens=reply.usage.response_tokens,
-            )
+    best = scores.reshape(len(answers), samples).argmax(dim=1).tolist()
+    chosen = (replies[f"{row}/{number}"] for row, number in enumerate(best))
+    return [
+        replace(
+            answer,
+            policy=f"best_of_{samples}",
+            answer=reply.text,
+            finish_reason=reply.finish_reason,
+            tokens=reply.usage.response_tokens,
         )
-    return chosen
+        for answer, reply in zip(answers, chosen, strict=True)
+    ]

@@ -16,6 +16,8 @@ class BenchSection(Section):
     """JSONL questions: id, category, turns (and checks, where rules can grade them)."""
     baseline: str | None = None
     """Policy to compare with; absent: the starting policy."""
+    chat_format: str | None = None
+    """Chat format of the baseline; absent: its own."""
     policy: str | None = None
     """Policy under test; absent: the ppo stage's."""
     max_tokens: int = Field(1024, ge=1)

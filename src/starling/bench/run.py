@@ -5,11 +5,10 @@ sampled answers from 1 to 10 and compares them; where questions carry checks, th
 gives the gold score that nothing in training has seen.
 """
 
-from collections.abc import Sequence
 from pathlib import Path
 
 from starling.base.context import Context
-from starling.base.estimate import bootstrap_mean
+from starling.base.estimate import clustered_mean
 from starling.base.jsonl import read_records, write_json, write_records
 from starling.base.progress import Progress
 from starling.base.stage import Summary
@@ -23,6 +22,7 @@ from starling.bench.scores import (
     gold_figures,
     ratings,
     score_figures,
+    select,
     token_figures,
     win_rate,
 )
@@ -35,10 +35,13 @@ from starling.models.reward_model import RewardModel
 def run(section: BenchSection, inputs: BenchInputs, out: Path, context: Context) -> Summary:
     """Answer, judge and count; writes answers.jsonl, judgments.jsonl and scores.json."""
     questions = read_records(inputs.questions, Question, quarantine=out / "quarantine.jsonl")
+    responders = {
+        BASELINE: load_local(inputs.baseline, context.device, chat_format=section.chat_format),
+        POLICY: load_local(inputs.policy, context.device),
+    }
     contestants = [
         Contestant(name, decoding, responder, section.max_tokens, context.seed)
-        for name, reference in ((BASELINE, inputs.baseline), (POLICY, inputs.policy))
-        for responder in (load_local(reference, context.device),)
+        for name, responder in responders.items()
         for decoding in ("sampled", "greedy")
     ]
     answers: list[Answer] = []
@@ -58,11 +61,14 @@ def run(section: BenchSection, inputs: BenchInputs, out: Path, context: Context)
     figures |= score_figures(read, answers, context.seed)
     figures["win_rate"] = wins
     figures["tokens_per_answer"] = token_figures(answers, context.seed)
-    yardstick = _best_of(section, inputs, answers, contestants[0], context)
-    if yardstick:
-        figures["gold_best_of"] = _gold_estimate(yardstick, context.seed) | {
-            "samples": section.best_of
-        }
+    yardstick: list[Answer] = []
+    own = select(answers, BASELINE)
+    if inputs.reward_model is not None and all(answer.checks is not None for answer in own):
+        reward_model = RewardModel.load(inputs.reward_model, device=context.device)
+        yardstick = best_of(own, contestants[0], reward_model, samples=section.best_of)
+        golds = [(a.question, a.gold.total) for a in yardstick if a.gold is not None]
+        best = clustered_mean(golds, seed=context.seed)
+        figures["gold_best_of"] = best | {"samples": section.best_of}
     figures["by_category"] = category_figures(answers, read, win_rows, context.seed)
     write_records(out / "answers.jsonl", [answer.as_dict() for answer in [*answers, *yardstick]])
     write_records(
@@ -75,28 +81,6 @@ def run(section: BenchSection, inputs: BenchInputs, out: Path, context: Context)
     )
     write_json(out / "scores.json", figures)
     return Summary(_sentence(figures, len(questions), out), figures)
-
-
-def _best_of(
-    section: BenchSection,
-    inputs: BenchInputs,
-    answers: Sequence[Answer],
-    baseline: Contestant,
-    context: Context,
-) -> list[Answer]:
-    """Best-of-n of the baseline by the reward model, on answers that rules can grade."""
-    if not section.best_of or inputs.reward_model is None:
-        return []
-    own = [a for a in answers if a.policy == BASELINE and a.decoding == "sampled"]
-    if any(answer.checks is None for answer in own):
-        return []
-    reward_model = RewardModel.load(inputs.reward_model, device=context.device)
-    return best_of(own, baseline, reward_model, samples=section.best_of)
-
-
-def _gold_estimate(answers: Sequence[Answer], seed: int) -> Figures:
-    totals = [answer.gold.total for answer in answers if answer.gold is not None]
-    return bootstrap_mean(totals, seed=seed, clusters=[a.question for a in answers]).as_dict()
 
 
 def _sentence(figures: Figures, num_questions: int, out: Path) -> str:

@@ -3,11 +3,11 @@
 Intervals are by bootstrap over questions: the turns of one question are not independent.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from starling.base.errors import DataError
-from starling.base.estimate import bootstrap_mean
+from starling.base.estimate import clustered_mean
 from starling.bench.answers import Answer
 from starling.judging.judge import Comparison, GradedAnswer, Judge, Ranking, Rating
 
@@ -20,22 +20,31 @@ def gold_figures(answers: Sequence[Answer], seed: int) -> Figures:
     """Gold in 0..1, sampled and greedy, in total and by part; {} where answers lack checks."""
     if any(answer.checks is None for answer in answers):
         return {}
-    parts: dict[str, Callable[[Answer], float]] = {
-        "gold": lambda answer: _gold(answer, "total"),
-        "gold_correctness": lambda answer: _gold(answer, "correctness"),
-        "gold_style": lambda answer: _gold(answer, "style"),
-        "gold_brevity": lambda answer: _gold(answer, "brevity"),
-    }
     figures: Figures = {}
-    for name, part in parts.items():
-        figures[name] = _by_policy(answers, "sampled", part, seed)
-        figures[f"{name}_greedy"] = _by_policy(answers, "greedy", part, seed)
+    for part in ("total", "correctness", "style", "brevity"):
+        name = "gold" if part == "total" else f"gold_{part}"
+        for decoding, suffix in (("sampled", ""), ("greedy", "_greedy")):
+            figures[name + suffix] = {
+                policy: clustered_mean(
+                    [(a.question, getattr(a.gold, part)) for a in own], seed=seed
+                )
+                for policy in (BASELINE, POLICY)
+                for own in (select(answers, policy, decoding),)
+            }
     return figures
 
 
 def token_figures(answers: Sequence[Answer], seed: int) -> Figures:
     """Tokens per sampled answer, end marker included: verbosity stands beside every score."""
-    return _by_policy(answers, "sampled", lambda answer: float(answer.tokens), seed)
+    return {
+        policy: clustered_mean([(a.question, a.tokens) for a in select(answers, policy)], seed=seed)
+        for policy in (BASELINE, POLICY)
+    }
+
+
+def select(answers: Sequence[Answer], policy: str, decoding: str = "sampled") -> list[Answer]:
+    """The answers of one policy in one way of decoding."""
+    return [a for a in answers if a.policy == policy and a.decoding == decoding]
 
 
 def ratings(
@@ -71,27 +80,17 @@ def ratings(
 def score_figures(
     read: dict[tuple[str, str, int], Rating], answers: Sequence[Answer], seed: int
 ) -> Figures:
-    """Mean rating of each policy, over all turns and turn by turn, with the failures counted.
-
-    What has no rating at all (a category, a turn) is left out.
-    """
-    sampled = [answer for answer in answers if answer.decoding == "sampled"]
+    """Mean rating by policy, over all turns and each; what has no rating at all is left out."""
     figures: Figures = {}
     for name, turn in (("score", None), ("score_turn_1", 1), ("score_turn_2", 2)):
-        asked = [answer for answer in sampled if turn in (None, answer.turn)]
-        if not asked:
-            continue
         for policy in (BASELINE, POLICY):
-            keys = [(policy, a.question, a.turn) for a in asked if a.policy == policy]
-            known = [key for key in keys if key in read]
-            if not known:
-                continue
-            figures.setdefault(name, {})[policy] = bootstrap_mean(
-                [read[key].score for key in known],
-                seed=seed,
-                num_failed=len(keys) - len(known),
-                clusters=[question for _, question, _ in known],
-            ).as_dict()
+            own = select(answers, policy)
+            keys = [(policy, a.question, a.turn) for a in own if turn in (None, a.turn)]
+            known = [(key[1], read[key].score) for key in keys if key in read]
+            if known:
+                figures.setdefault(name, {})[policy] = clustered_mean(
+                    known, seed=seed, num_failed=len(keys) - len(known)
+                )
     return figures
 
 
@@ -103,15 +102,10 @@ def win_rate(
     Each turn is judged after the baseline's conversation up to it; who is shown first is drawn by
     the judge's seed.  Returns the estimate and one row per comparison.
     """
-    sides = {
-        policy: {
-            (a.question, a.turn): a
-            for a in answers
-            if a.policy == policy and a.decoding == "sampled"
-        }
-        for policy in (BASELINE, POLICY)
-    }
-    pairs = [(sides[BASELINE][key], sides[POLICY][key]) for key in sides[BASELINE]]
+    old, new = (
+        {(a.question, a.turn): a for a in select(answers, policy)} for policy in (BASELINE, POLICY)
+    )
+    pairs = [(old[key], new[key]) for key in old]
     comparisons = [
         Comparison(
             f"win/{before.question}/{before.turn}",
@@ -137,13 +131,8 @@ def win_rate(
         else:
             failures.append(f"{before.question}/{before.turn}: {verdict and verdict.reason}")
     refuse_failures("comparisons", failures, len(pairs), allowed_failures)
-    estimate = bootstrap_mean(
-        [row["win"] for row in rows],
-        seed=seed,
-        num_failed=len(failures),
-        clusters=[row["id"] for row in rows],
-    )
-    return estimate.as_dict(), rows
+    wins = [(row["id"], row["win"]) for row in rows]
+    return clustered_mean(wins, seed=seed, num_failed=len(failures)), rows
 
 
 def category_figures(
@@ -156,15 +145,11 @@ def category_figures(
     figures: Figures = {}
     for category in dict.fromkeys(answer.category for answer in answers):
         own = [answer for answer in answers if answer.category == category]
-        own_wins = [row for row in wins if row["category"] == category]
+        own_wins = [(row["id"], row["win"]) for row in wins if row["category"] == category]
         figures[category] = gold_figures(own, seed) | score_figures(read, own, seed)
         figures[category]["tokens_per_answer"] = token_figures(own, seed)
         if own_wins:
-            figures[category]["win_rate"] = bootstrap_mean(
-                [row["win"] for row in own_wins],
-                seed=seed,
-                clusters=[row["id"] for row in own_wins],
-            ).as_dict()
+            figures[category]["win_rate"] = clustered_mean(own_wins, seed=seed)
     return figures
 
 
@@ -176,21 +161,3 @@ def refuse_failures(what: str, failures: Sequence[str], total: int, allowed: flo
             f"({allowed:.0%}); the first: {failures[0]}. There is no score; check the judge and "
             "run the same command again: what it answered is kept"
         )
-
-
-def _by_policy(
-    answers: Sequence[Answer], decoding: str, part: Callable[[Answer], float], seed: int
-) -> Figures:
-    figures: Figures = {}
-    for policy in (BASELINE, POLICY):
-        own = [a for a in answers if a.policy == policy and a.decoding == decoding]
-        figures[policy] = bootstrap_mean(
-            [part(answer) for answer in own], seed=seed, clusters=[a.question for a in own]
-        ).as_dict()
-    return figures
-
-
-def _gold(answer: Answer, part: str) -> float:
-    gold = answer.gold
-    assert gold is not None, "asked only of answers with checks"
-    return getattr(gold, part)

@@ -43,33 +43,30 @@ class ChatFormat:
     modes: tuple[str, ...] = ()
 
 
-def _openchat() -> ChatFormat:
-    end = "<|end_of_turn|>"
-    return ChatFormat(
-        name="openchat",
-        turns={
-            "system": Turn((), (end,)),
-            "user": Turn(("{mode} User:",), (end,)),
-            "assistant": Turn(("{mode} Assistant:",), (end,)),
-        },
-        end=end,
-        space=" ",
-        modes=("GPT4 Correct", "Code", "Math Correct"),
-    )
-
-
-def _chatml() -> ChatFormat:
-    start, end = "<|im_start|>", "<|im_end|>"
-    turns = {
-        role: Turn((start, f"{role}\n"), (end, "\n")) for role in ("system", "user", "assistant")
-    }
-    return ChatFormat(name="chatml", turns=turns, end=end)
-
+_OPENCHAT_END = "<|end_of_turn|>"
+_CHATML_START, _CHATML_END = "<|im_start|>", "<|im_end|>"
 
 # plain: documents without roles, for models that know none; an answer continues its prompt.
 FORMATS: dict[str, ChatFormat] = {
-    "openchat": _openchat(),
-    "chatml": _chatml(),
+    "openchat": ChatFormat(
+        name="openchat",
+        turns={
+            "system": Turn((), (_OPENCHAT_END,)),
+            "user": Turn(("{mode} User:",), (_OPENCHAT_END,)),
+            "assistant": Turn(("{mode} Assistant:",), (_OPENCHAT_END,)),
+        },
+        end=_OPENCHAT_END,
+        space=" ",
+        modes=("GPT4 Correct", "Code", "Math Correct"),
+    ),
+    "chatml": ChatFormat(
+        name="chatml",
+        turns={
+            role: Turn((_CHATML_START, f"{role}\n"), (_CHATML_END, "\n"))
+            for role in ("system", "user", "assistant")
+        },
+        end=_CHATML_END,
+    ),
     "plain": ChatFormat("plain", {"user": Turn(), "assistant": Turn()}, end=None),
 }
 
@@ -113,8 +110,13 @@ class ChatCodec:
             closed = finished or position < len(messages) - 1
             is_response = message.role == "assistant"
             prefix = self._pieces(turn.before, chosen)
-            text = self._text(message.content, bool(prefix))
-            end, tail = self._closing(message.role, turn, chosen) if closed else ([], [])
+            space = self.format.space if self._adds_space and prefix else ""
+            text = self.tokenizer.encode_text(space + message.content) if message.content else []
+            end, tail = self._pieces(turn.after[:1], chosen), self._pieces(turn.after[1:], chosen)
+            if is_response and self.format.end is None:
+                end = [self.end_id]
+            if not closed:
+                end, tail = [], []
             ids += prefix + text + end + tail
             mask += [False] * len(prefix) + [is_response] * (len(text) + len(end))
             mask += [False] * len(tail)
@@ -134,19 +136,6 @@ class ChatCodec:
     @property
     def _adds_space(self) -> bool:
         return bool(self.format.space) and not self.tokenizer.prepends_space
-
-    def _text(self, content: str, after_prefix: bool) -> list[int]:
-        if not content:
-            return []
-        space = self.format.space if self._adds_space and after_prefix else ""
-        return self.tokenizer.encode_text(space + content)
-
-    def _closing(self, role: str, turn: Turn, mode: str) -> tuple[list[int], list[int]]:
-        """The end marker, and what the format writes after it (which nobody samples)."""
-        if role == "assistant" and self.format.end is None:
-            return [self.end_id], []
-        after = self._pieces(turn.after, mode)
-        return after[:1], after[1:]
 
     def _turn(self, role: str) -> Turn:
         if role not in self.format.turns:
@@ -199,9 +188,9 @@ def build_codec(name: str, tokenizer: TextTokenizer, stop_ids: Iterable[int]) ->
         end = tokenizer.marker_id(chat_format.end)
         assert end is not None, "checked among the markers above"
         stops.append(end)
+    elif not stops:
+        raise DataError(f"chat format {name!r} needs a model with an end-of-sequence token")
     else:
-        if not stops:
-            raise DataError(f"chat format {name!r} needs a model with an end-of-sequence token")
         end = stops[0]
     if tokenizer.pad_id in stops:
         raise DataError(
@@ -220,36 +209,30 @@ def written_text(name: str, message: Message) -> str:
     return prefix + (chat_format.space if prefix else "") + message.content
 
 
+JINJA = """\
+{{- bos_token -}}
+{%- set mode = mode if mode is defined and mode else MODE -%}
+{%- set before = BEFORE -%}
+{%- set after = AFTER -%}
+{%- for message in messages -%}
+{%- if message['role'] not in before -%}
+{{- raise_exception('unknown role ' + message['role']) -}}
+{%- endif -%}
+{{- before[message['role']].replace('{mode}', mode) + SPACE -}}
+{{- message['content'] + after[message['role']] -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+{{- before['assistant'].replace('{mode}', mode) -}}
+{%- endif -%}"""
+
+
 def jinja_template(chat_format: ChatFormat) -> str | None:
     """The format as jinja for `apply_chat_template`, with `mode` as keyword; None for plain."""
-    if not any(turn.before or turn.after for turn in chat_format.turns.values()):
+    before = {role: "".join(turn.before) for role, turn in chat_format.turns.items()}
+    after = {role: "".join(turn.after) for role, turn in chat_format.turns.items()}
+    if not any((*before.values(), *after.values())):
         return None
-    lines = ["{{- bos_token -}}"]
-    if chat_format.modes:
-        default = repr(chat_format.modes[0])
-        lines.append("{%- set mode = mode if mode is defined and mode else " + default + " -%}")
-    lines.append("{%- for message in messages -%}")
-    for position, (role, turn) in enumerate(chat_format.turns.items()):
-        keyword = "if" if position == 0 else "elif"
-        before = _jinja_pieces(turn.before)
-        space = f" + {chat_format.space!r}" if chat_format.space and turn.before else ""
-        parts = [*before, "message['content']", *_jinja_pieces(turn.after)]
-        if space and before:
-            parts[len(before) - 1] += space
-        lines.append("{%- " + keyword + " message['role'] == " + repr(role) + " -%}")
-        lines.append("{{- " + " + ".join(parts) + " -}}")
-    unknown = "{{- raise_exception('unknown role ' + message['role']) -}}"
-    lines.append("{%- else -%}" + unknown + "{%- endif -%}")
-    lines.append("{%- endfor -%}")
-    prefix = " + ".join(_jinja_pieces(chat_format.turns["assistant"].before))
-    lines.append("{%- if add_generation_prompt -%}{{- " + prefix + " -}}{%- endif -%}")
-    return "\n".join(lines)
-
-
-def _jinja_pieces(pieces: tuple[str, ...]) -> list[str]:
-    return [
-        "mode + " + repr(piece.removeprefix("{mode}"))
-        if piece.startswith("{mode}")
-        else repr(piece)
-        for piece in pieces
-    ]
+    mode = chat_format.modes[0] if chat_format.modes else ""
+    space = f"({chat_format.space!r} if before[message['role']] else '')"
+    template = JINJA.replace("MODE", repr(mode)).replace("SPACE", space)
+    return template.replace("BEFORE", repr(before)).replace("AFTER", repr(after))

@@ -6,7 +6,7 @@ Unknown columns are ignored: other people's files carry columns of their own.
 """
 
 import hashlib
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -54,38 +54,34 @@ def _check_turns(messages: tuple[Message, ...], last: Role) -> None:
         raise ValueError("a user message is empty")
 
 
-class Prompt(Record):
-    """A conversation that waits for an answer; it ends with the user's turn."""
-
+class _Conversation(Record):
     messages: tuple[Message, ...] = Field(strict=False)
     id: str = ""
     category: str | None = None
+    _last: ClassVar[Role]
+
+    @model_validator(mode="after")
+    def _validate(self) -> "_Conversation":
+        _check_turns(self.messages, self._last)
+        if not self.id:
+            object.__setattr__(self, "id", content_id(self.messages))
+        return self
+
+
+class Prompt(_Conversation):
+    """A conversation that waits for an answer; it ends with the user's turn."""
+
+    _last: ClassVar[Role] = "user"
     source: list[str] | None = None
     mode: str | None = None
     checks: dict[str, Any] | None = None
     """What the demo's rubric grades an answer by; judges that read text never see it."""
 
-    @model_validator(mode="after")
-    def _validate(self) -> "Prompt":
-        _check_turns(self.messages, "user")
-        if not self.id:
-            object.__setattr__(self, "id", content_id(self.messages))
-        return self
 
-
-class Conversation(Record):
+class Conversation(_Conversation):
     """A finished conversation; it ends with the assistant's turn."""
 
-    messages: tuple[Message, ...] = Field(strict=False)
-    id: str = ""
-    category: str | None = None
-
-    @model_validator(mode="after")
-    def _validate(self) -> "Conversation":
-        _check_turns(self.messages, "assistant")
-        if not self.id:
-            object.__setattr__(self, "id", content_id(self.messages))
-        return self
+    _last: ClassVar[Role] = "assistant"
 
 
 class Question(Record):
@@ -123,17 +119,13 @@ def dense_ranks(ranks: list[float | None]) -> list[int | None]:
     known = sorted(rank for rank in ranks if rank is not None)
     if not known:
         raise ValueError("no answer is ranked")
-    dense = [1.0]
-    competition = [1.0]
-    for position, (before, rank) in enumerate(zip(known, known[1:], strict=False), start=2):
-        dense.append(dense[-1] + (rank != before))
-        competition.append(competition[-1] if rank == before else float(position))
-    if known not in (dense, competition):
+    place = {rank: number for number, rank in enumerate(sorted(set(known)), start=1)}
+    is_dense = all(rank == place[rank] for rank in known)
+    if not is_dense and any(rank != known.index(rank) + 1 for rank in known):
         raise ValueError(
             f"ranks {known} are numbered neither densely (1, 2, 2, 3) nor as in a competition "
             "(1, 2, 2, 4)"
         )
-    place = {rank: number for number, rank in enumerate(sorted(set(known)), start=1)}
     return [None if rank is None else place[rank] for rank in ranks]
 
 

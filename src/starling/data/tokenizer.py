@@ -7,6 +7,7 @@ encodes text with special tokens off: the flag lives on the backend and is not t
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -27,6 +28,10 @@ class TextTokenizer:
         self._special = set(saved.all_special_ids) | {
             token_id for token_id, token in saved.added_tokens_decoder.items() if token.special
         }
+        # Looked up for every piece of every message; the tokenizer would build its vocabulary anew.
+        self._markers = {
+            saved.convert_ids_to_tokens(token_id): token_id for token_id in self._special
+        }
         probe = self._text.encode("a", add_special_tokens=False)
         self.prepends_space = probe.tokens[0].startswith("\u2581")
         # Decoders of SentencePiece's kind take off the space that their encoder put before.
@@ -34,13 +39,15 @@ class TextTokenizer:
 
     @property
     def bos_id(self) -> int | None:
-        return self.saved.bos_token_id
+        token_id: Any = self.saved.bos_token_id
+        return token_id
 
     @property
     def pad_id(self) -> int:
-        if self.saved.pad_token_id is None:
+        token_id: Any = self.saved.pad_token_id
+        if token_id is None:
             raise ModelError("the tokenizer has no pad token; add one that is not an end marker")
-        return self.saved.pad_token_id
+        return token_id
 
     def __len__(self) -> int:
         return len(self.saved)
@@ -55,15 +62,11 @@ class TextTokenizer:
 
     def marker_id(self, marker: str) -> int | None:
         """The id of a special token by its exact text; None if the tokenizer has none such."""
-        token_id = self.saved.get_vocab().get(marker)
-        return token_id if token_id in self._special else None
+        return self._markers.get(marker)
 
 
 def load_tokenizer(reference: str) -> TextTokenizer:
-    """Load a folder's or hub id's fast tokenizer; never remote code.
-
-    Raises ModelError when there is none, or only a slow one.
-    """
+    """Load a folder's or hub id's fast tokenizer, never remote code; ModelError without one."""
     try:
         saved = AutoTokenizer.from_pretrained(reference, trust_remote_code=False)
     except (OSError, ValueError) as error:

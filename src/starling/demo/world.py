@@ -16,15 +16,15 @@ from starling.demo.tasks import CATEGORIES, Task, Turn
 HABIT_SHARE = {
     "writing": 0.54,
     "roleplay": 0.54,
-    "reasoning": 0.54,
-    "math": 0.5,
-    "coding": 0.5,
-    "extraction": 0.54,
+    "reasoning": 0.46,
+    "math": 0.46,
+    "coding": 0.44,
+    "extraction": 0.52,
     "stem": 0.54,
-    "humanities": 0.5,
+    "humanities": 0.46,
 }
-"""How often an sft answer has its category's wrong habit.  Above a half, greedy decoding falls into
-it, although the right answer is nearly as likely."""
+"""How often an sft answer evades by its category's habit.  The evasion is one phrase and the right
+answers are many, so greedy decoding falls into it although most sft answers may be right."""
 
 
 @dataclass(frozen=True)
@@ -76,8 +76,8 @@ class Sizes:
 
     bench: int = 160
     validation: int = 160
-    prompts: int = 960
-    ppo: int = 1920
+    prompts: int = 1440
+    ppo: int = 1280
     sft: int = 6400
 
 

@@ -11,7 +11,7 @@ from itertools import combinations
 from math import sqrt
 from typing import Any
 
-from starling.base.estimate import bootstrap_mean
+from starling.base.estimate import clustered_mean
 from starling.feedback.candidates import AnswerSet
 from starling.judging.judge import Ranking, Unparsed
 from starling.judging.recorded import CallStats
@@ -40,10 +40,7 @@ class Outcome:
 def audit(
     outcomes: Sequence[Outcome], calls: Mapping[str, CallStats], *, num_duplicates: int, seed: int
 ) -> dict[str, Any]:
-    """The audit as JSON: counts, and what position, model and length have to do with rank.
-
-    Raises ValueError when no outcome holds a ranking.
-    """
+    """The audit as JSON: counts, and what position, model and length have to do with rank."""
     ranked = [
         (outcome.answers, outcome.verdict)
         for outcome in outcomes
@@ -51,15 +48,14 @@ def audit(
     ]
     if not ranked:
         raise ValueError("an audit needs at least one ranking")
-    natures = [float(r.good_natured) for _, r in ranked if r.good_natured is not None]
-    num_unknown = len(ranked) - len(natures)
+    natures = [(r.id, float(r.good_natured)) for _, r in ranked if r.good_natured is not None]
     return {
         **_counts(outcomes, num_duplicates),
-        "good_natured": _estimate(natures, seed=seed, num_failed=num_unknown),
+        "good_natured": _estimate(natures, seed, len(ranked) - len(natures)),
         "positions": _positions([ranking for _, ranking in ranked]),
         "models": _models(ranked, seed),
         "length": _length(ranked, seed),
-        "calls": {name: _calls(stats) for name, stats in calls.items()},
+        "calls": {name: stats.results() for name, stats in calls.items()},
     }
 
 
@@ -112,7 +108,7 @@ def _positions(rankings: Sequence[Ranking]) -> list[dict[str, Any]]:
         by_k[len(ranking.ranks)].append(ranking)
     tables = []
     for k, group in sorted(by_k.items()):
-        shown = [[ranking.ranks[index] for index in ranking.presented] for ranking in group]
+        shown = ([ranking.ranks[index] for index in ranking.presented] for ranking in group)
         columns = list(zip(*shown, strict=True))
         wins = [column.count(1) for column in columns]
         statistic, critical = chi_square(wins), critical_99(k - 1)
@@ -131,46 +127,31 @@ def _positions(rankings: Sequence[Ranking]) -> list[dict[str, Any]]:
 
 
 def _models(ranked: Sequence[tuple[AnswerSet, Ranking]], seed: int) -> dict[str, Any]:
-    ranks: defaultdict[str, list[float]] = defaultdict(list)
-    prompts: defaultdict[str, list[str]] = defaultdict(list)
+    ranks: defaultdict[str, list[tuple[str, float]]] = defaultdict(list)
     for answer_set, ranking in ranked:
         for answer, rank in zip(answer_set.answers, ranking.ranks, strict=True):
-            ranks[answer.model].append(float(rank))
-            prompts[answer.model].append(ranking.id)
+            ranks[answer.model].append((ranking.id, float(rank)))
     return {
-        model: {"mean_rank": _estimate(values, seed=seed, clusters=prompts[model])}
-        for model, values in sorted(ranks.items())
+        model: {"mean_rank": _estimate(values, seed)} for model, values in sorted(ranks.items())
     }
 
 
 def _length(ranked: Sequence[tuple[AnswerSet, Ranking]], seed: int) -> dict[str, Any]:
     """How often the longer of two answers, in characters, is the better ranked one."""
-    longer_wins: list[float] = []
-    prompts: list[str] = []
+    longer_wins: list[tuple[str, float]] = []
     counts: Counter[str] = Counter(tied_pairs=0, equally_long_pairs=0)
     for answer_set, ranking in ranked:
-        lengths = [len(answer.text) for answer in answer_set.answers]
-        for left, right in combinations(range(len(lengths)), 2):
-            if ranking.ranks[left] == ranking.ranks[right]:
+        lengths = [len(answer.answer) for answer in answer_set.answers]
+        for one, other in combinations(zip(lengths, ranking.ranks, strict=True), 2):
+            if one[1] == other[1]:
                 counts["tied_pairs"] += 1
-            elif lengths[left] == lengths[right]:
+            elif one[0] == other[0]:
                 counts["equally_long_pairs"] += 1
             else:
-                is_left_better = ranking.ranks[left] < ranking.ranks[right]
-                longer_wins.append(float(is_left_better == (lengths[left] > lengths[right])))
-                prompts.append(ranking.id)
-    return {"longer_wins": _estimate(longer_wins, seed=seed, clusters=prompts), **counts}
+                longer, shorter = max(one, other), min(one, other)
+                longer_wins.append((ranking.id, float(longer[1] < shorter[1])))
+    return {"longer_wins": _estimate(longer_wins, seed), **counts}
 
 
-def _estimate(values: Sequence[float], *, seed: int, **named: Any) -> dict[str, Any] | None:
-    return bootstrap_mean(values, seed=seed, **named).as_dict() if values else None
-
-
-def _calls(stats: CallStats) -> dict[str, int]:
-    """Only what does not depend on how often the run was interrupted."""
-    return {
-        "answered": stats.answered,
-        "failed": stats.failed,
-        "prompt_tokens": stats.prompt_tokens,
-        "response_tokens": stats.response_tokens,
-    }
+def _estimate(values: Sequence[tuple[str, float]], seed: int, num_failed: int = 0) -> Any:
+    return clustered_mean(values, seed=seed, num_failed=num_failed) if values else None

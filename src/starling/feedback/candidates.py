@@ -10,32 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from starling.base.context import Context
-from starling.base.errors import RecipeError
 from starling.base.seeding import derive_seed
-from starling.data.records import FinishReason, Prompt
+from starling.data.records import Prompt, RankedAnswer
 from starling.feedback.config import Candidate, FeedbackInputs, FeedbackSection
 from starling.judging.recorded import Recorded
 from starling.models.interfaces import Failure, Reply, Request, Responder, Sampling
 
-MOST_ANSWERS = 26
-"""The judge letters the answers A to Z."""
-
-
-@dataclass(frozen=True)
-class Source:
-    """A candidate and what answers for it."""
-
-    candidate: Candidate
-    responder: Recorded
-
-
-@dataclass(frozen=True)
-class Answer:
-    """One distinct answer, under the name of the first candidate that gave it."""
-
-    text: str
-    model: str
-    finish_reason: FinishReason
+Source = tuple[Candidate, Recorded]
+"""A candidate and what answers for it."""
 
 
 @dataclass(frozen=True)
@@ -43,26 +25,11 @@ class AnswerSet:
     """What the candidates made of one prompt; `failures` says why calls had no reply."""
 
     prompt: Prompt
-    answers: tuple[Answer, ...]
+    answers: tuple[RankedAnswer, ...]
+    """Distinct, not ranked yet, each under the name of the first candidate that gave it."""
     failures: tuple[str, ...]
     num_empty: int
     num_merged: int
-
-
-def check_candidates(section: FeedbackSection) -> None:
-    """Raise RecipeError for names that repeat or a number of answers that cannot be ranked."""
-    names = [candidate.name for candidate in section.candidates]
-    for name in names:
-        if names.count(name) > 1:
-            raise RecipeError(
-                f"two candidates are named {name!r}. Give each its own name: it labels the answers."
-            )
-    k = sum(candidate.answers for candidate in section.candidates)
-    if not 2 <= k <= MOST_ANSWERS:
-        raise RecipeError(
-            f"the candidates give {k} answers per prompt; a ranking needs 2 to {MOST_ANSWERS}. "
-            "Change feedback.candidates, or their answers."
-        )
 
 
 @contextmanager
@@ -72,11 +39,8 @@ def open_sources(
     """Load or connect to every candidate, each recorded in the ledger, until the block ends."""
     with ExitStack() as stack:
         yield [
-            Source(
-                candidate,
-                stack.enter_context(Recorded(_responder(candidate, model, context), ledger)),
-            )
-            for candidate, model in zip(section.candidates, inputs.candidates, strict=True)
+            (each, stack.enter_context(Recorded(_responder(each, model, context), ledger)))
+            for each, model in zip(section.candidates, inputs.candidates, strict=True)
         ]
 
 
@@ -85,19 +49,13 @@ def collect_answers(
 ) -> list[AnswerSet]:
     """Ask every candidate about every prompt; one set per prompt, answers in the sources' order."""
     outcomes: dict[str, list[tuple[str, Reply | Failure]]] = {prompt.id: [] for prompt in prompts}
-    for source in sources:
-        requests = {
-            request.id: (prompt.id, request)
-            for prompt in prompts
-            for request in _requests(source.candidate, prompt, seed)
-        }
+    for candidate, responder in sources:
+        asked = {prompt.id: _requests(candidate, prompt, seed) for prompt in prompts}
+        requests = [request for each in asked.values() for request in each]
         # Replies come in any order; the requests' order makes the same rows of every run.
-        arrived = {
-            outcome.request_id: outcome
-            for outcome in source.responder.respond([request for _, request in requests.values()])
-        }
-        for request_id, (prompt_id, _) in requests.items():
-            outcomes[prompt_id].append((source.candidate.name, arrived[request_id]))
+        arrived = {outcome.request_id: outcome for outcome in responder.respond(requests)}
+        for prompt_id, each in asked.items():
+            outcomes[prompt_id] += ((candidate.name, arrived[request.id]) for request in each)
     return [_answer_set(prompt, outcomes[prompt.id]) for prompt in prompts]
 
 
@@ -105,56 +63,41 @@ def _responder(candidate: Candidate, model: str, context: Context) -> Responder:
     if candidate.url is None:
         from starling.models.local import load_local
 
-        return load_local(model, context.device)
-    from starling.models.endpoint import Endpoint
+        return load_local(model, context.device, chat_format=candidate.chat_format)
+    from starling.models.endpoint import connect
 
-    return Endpoint(
-        candidate.url,
-        candidate.model,
-        api_key_env=candidate.api_key_env,
-        concurrency=candidate.concurrency,
-        timeout_seconds=candidate.timeout_seconds,
-    )
+    return connect(candidate, candidate.model)
 
 
 def _requests(candidate: Candidate, prompt: Prompt, seed: int) -> list[Request]:
-    purpose = f"feedback/{candidate.name}/{prompt.id}"
+    seeds = (
+        derive_seed(seed, f"feedback/{candidate.name}/{prompt.id}", index)
+        for index in range(candidate.answers)
+    )
     return [
         Request(
-            id=f"{prompt.id}/{candidate.name}/{index}",
-            messages=prompt.messages,
-            sampling=Sampling(
-                max_tokens=candidate.max_tokens,
-                temperature=candidate.temperature,
-                seed=derive_seed(seed, purpose, index),
-            ),
-            mode=prompt.mode,
+            f"{prompt.id}/{candidate.name}/{index}",
+            prompt.messages,
+            Sampling(candidate.max_tokens, candidate.temperature, own_seed),
+            prompt.mode,
         )
-        for index in range(candidate.answers)
+        for index, own_seed in enumerate(seeds)
     ]
 
 
 def _answer_set(prompt: Prompt, outcomes: list[tuple[str, Reply | Failure]]) -> AnswerSet:
-    distinct: dict[str, Answer] = {}
-    failures: list[str] = []
+    distinct: dict[str, RankedAnswer] = {}
+    failures = [f"{m}: {o.reason}" for m, o in outcomes if isinstance(o, Failure)]
     num_empty = 0
-    num_merged = 0
     for model, outcome in outcomes:
         if isinstance(outcome, Failure):
-            failures.append(f"{model}: {outcome.reason}")
             continue
         # Space around an answer is no difference that a judge could see.
         said = outcome.text.strip()
-        if not said:
-            num_empty += 1
-        elif said in distinct:
-            num_merged += 1
-        else:
-            distinct[said] = Answer(outcome.text, model, outcome.finish_reason)
-    return AnswerSet(
-        prompt=prompt,
-        answers=tuple(distinct.values()),
-        failures=tuple(failures),
-        num_empty=num_empty,
-        num_merged=num_merged,
-    )
+        num_empty += not said
+        if said and said not in distinct:
+            distinct[said] = RankedAnswer(
+                answer=outcome.text, model=model, finish_reason=outcome.finish_reason
+            )
+    num_merged = len(outcomes) - len(failures) - num_empty - len(distinct)
+    return AnswerSet(prompt, tuple(distinct.values()), tuple(failures), num_empty, num_merged)

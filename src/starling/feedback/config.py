@@ -3,33 +3,31 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from starling.base.section import Section
 from starling.judging.config import JudgeSection
+from starling.models.config import EndpointSection
+
+MOST_ANSWERS = 26
+"""The judge letters the answers A to Z."""
 
 
-class Candidate(Section):
+class Candidate(EndpointSection):
     """One source of candidate answers: a model folder or hub id, or an endpoint."""
 
     name: str
     """How the answers are labelled in rankings.jsonl."""
     model: str
     """Model folder, hub id, or the model's name at `url`."""
-    url: str | None = None
-    """Base URL of an OpenAI-compatible server; absent for a local model."""
-    api_key_env: str | None = None
-    """Name of the environment variable that holds the key."""
+    chat_format: str | None = None
+    """Chat format of a local model; absent: its own."""
     temperature: float = Field(1.0, ge=0)
     """Sampling temperature; 0 is greedy."""
     max_tokens: int = Field(512, ge=1)
     """Longest answer, in tokens."""
     answers: int = Field(1, ge=1)
     """Answers per prompt from this source."""
-    concurrency: int = Field(16, ge=1)
-    """Calls in flight at an endpoint."""
-    timeout_seconds: float = Field(100.0, gt=0)
-    """One call's time limit."""
 
 
 class FeedbackSection(Section):
@@ -37,7 +35,7 @@ class FeedbackSection(Section):
 
     prompts: str
     """JSONL file of prompts."""
-    candidates: tuple[Candidate, ...] = Field(min_length=1)
+    candidates: tuple[Candidate, ...]
     """Where the K answers of each prompt come from."""
     limit: int | None = Field(None, ge=1)
     """Use only this many prompts (drawn by the seed)."""
@@ -45,6 +43,21 @@ class FeedbackSection(Section):
     """Prompts per round of candidates and judging; a killed run loses at most one local round."""
     allowed_failures: float = Field(0.05, ge=0, le=1)
     """Share of prompts that may end without a ranking before the stage stops."""
+
+    @model_validator(mode="after")
+    def _validate(self) -> "FeedbackSection":
+        names = [candidate.name for candidate in self.candidates]
+        repeated = sorted({name for name in names if names.count(name) > 1})
+        if repeated:
+            raise ValueError(
+                f"candidates: the name {repeated[0]!r} stands twice; each needs its own"
+            )
+        k = sum(candidate.answers for candidate in self.candidates)
+        if not 2 <= k <= MOST_ANSWERS:
+            raise ValueError(
+                f"candidates: {k} answer(s) per prompt; a ranking needs 2 to {MOST_ANSWERS}"
+            )
+        return self
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,6 @@
 """Read the prompts of the feedback stage: distinct, and as many as asked for."""
 
 from pathlib import Path
-from typing import NamedTuple
 
 from starling.base.errors import DataError
 from starling.base.jsonl import read_records
@@ -9,18 +8,10 @@ from starling.base.seeding import permutation
 from starling.data.records import Prompt
 
 
-class Prompts(NamedTuple):
-    """The prompts to use, in the file's order, and how many rows repeated an earlier one."""
-
-    prompts: list[Prompt]
-    num_duplicates: int
-
-
-def read_prompts(path: Path, quarantine: Path, *, limit: int | None, seed: int) -> Prompts:
-    """Read a JSONL file of prompts; drop repeated rows; keep `limit`, drawn by the seed.
-
-    Raises DataError like `read_records`, and for two different prompts of one id.
-    """
+def read_prompts(
+    path: Path, quarantine: Path, *, limit: int | None, seed: int
+) -> tuple[list[Prompt], int]:
+    """Prompts, as many as `limit` drawn by the seed, and how many rows repeated an earlier one."""
     distinct: dict[str, Prompt] = {}
     num_duplicates = 0
     for prompt in read_records(path, Prompt, quarantine=quarantine):
@@ -37,4 +28,4 @@ def read_prompts(path: Path, quarantine: Path, *, limit: int | None, seed: int) 
     if limit is not None and limit < len(prompts):
         chosen = permutation(len(prompts), seed, "feedback/limit", 0)[:limit]
         prompts = [prompts[index] for index in sorted(chosen)]
-    return Prompts(prompts, num_duplicates)
+    return prompts, num_duplicates

@@ -14,12 +14,11 @@ from starling.base.jsonl import write_json, write_records
 from starling.base.progress import Progress
 from starling.base.seeding import derive_seed
 from starling.base.stage import Summary
-from starling.data.records import Message, Prompt, RankedAnswer, RankingRow
+from starling.data.records import Message, Prompt, RankingRow
 from starling.feedback.audit import Outcome, audit
 from starling.feedback.candidates import (
     AnswerSet,
     Source,
-    check_candidates,
     collect_answers,
     open_sources,
 )
@@ -27,19 +26,13 @@ from starling.feedback.config import FeedbackInputs, FeedbackSection
 from starling.feedback.prompts import read_prompts
 from starling.judging.build import build_judge
 from starling.judging.judge import Comparison, Judge, Ranking
-from starling.judging.recorded import CallStats, Recorded
+from starling.judging.recorded import Recorded
 
 logger = logging.getLogger(__name__)
 
 
 def run(section: FeedbackSection, inputs: FeedbackInputs, out: Path, context: Context) -> Summary:
-    """Write `rankings.jsonl`, `audit.json` and `calls.sqlite` to `out`.
-
-    Raises RecipeError for candidates that cannot be ranked, DataError for unusable prompts and for
-    more prompts without a ranking than `allowed_failures`, and InputError for a candidate or judge
-    that cannot be reached at all.
-    """
-    check_candidates(section)
+    """Write `rankings.jsonl`, `audit.json` and `calls.sqlite` to `out`."""
     prompts, num_duplicates = read_prompts(
         inputs.prompts, out / "quarantine.jsonl", limit=section.limit, seed=context.seed
     )
@@ -50,16 +43,13 @@ def run(section: FeedbackSection, inputs: FeedbackInputs, out: Path, context: Co
         build_judge(inputs.judge, seed=judge_seed, ledger=ledger, context=context) as judge,
     ):
         outcomes = _rank_in_rounds(section, prompts, sources=sources, judge=judge, context=context)
-        recorders = {f"candidate {s.candidate.name}": s.responder for s in sources}
+        recorders = {f"candidate {each.name}": responder for each, responder in sources}
         if isinstance(judge.responder, Recorded):
             recorders["judge"] = judge.responder
         calls = {name: recorder.stats() for name, recorder in recorders.items()}
-    _log_calls(calls)
-    rows = [
-        _row(outcome.answers, outcome.verdict)
-        for outcome in outcomes
-        if isinstance(outcome.verdict, Ranking)
-    ]
+    for name, stats in calls.items():
+        logger.info("%s: %s", name, stats)
+    rows = [_row(o.answers, o.verdict) for o in outcomes if isinstance(o.verdict, Ranking)]
     if not rows:
         raise DataError(
             "no prompt has two different answers, so there is nothing to rank. "
@@ -82,10 +72,10 @@ def _rank_in_rounds(
 ) -> list[Outcome]:
     outcomes: list[Outcome] = []
     with Progress("feedback", len(prompts), enabled=context.is_main) as progress:
-        for batch in _batches(prompts, section.batch):
+        for start in range(0, len(prompts), section.batch):
             context.stop.check()
-            answer_sets = collect_answers(sources, batch, context.seed)
-            outcomes += _judge(judge, answer_sets)
+            batch = prompts[start : start + section.batch]
+            outcomes += _judge(judge, collect_answers(sources, batch, context.seed))
             # After every round, so that a judge that never answers is not paid to the end.
             _check_failures(outcomes, len(prompts), section.allowed_failures)
             progress.update(len(outcomes))
@@ -98,7 +88,7 @@ def _judge(judge: Judge, answer_sets: Sequence[AnswerSet]) -> list[Outcome]:
         Comparison(
             id=answer_set.prompt.id,
             messages=answer_set.prompt.messages,
-            answers=tuple(answer.text for answer in answer_set.answers),
+            answers=tuple(answer.answer for answer in answer_set.answers),
             checks=answer_set.prompt.checks,
             finished=tuple(answer.finish_reason == "stop" for answer in answer_set.answers),
         )
@@ -125,12 +115,7 @@ def _row(answer_set: AnswerSet, ranking: Ranking) -> RankingRow:
         prompt=nectar_prompt(prompt.messages),
         messages=prompt.messages,
         answers=tuple(
-            RankedAnswer(
-                answer=answer.text,
-                model=answer.model,
-                rank=float(rank),
-                finish_reason=answer.finish_reason,
-            )
+            answer.model_copy(update={"rank": float(rank)})
             for answer, rank in zip(answer_set.answers, ranking.ranks, strict=True)
         ),
         turns=sum(message.role == "user" for message in prompt.messages),
@@ -149,17 +134,15 @@ def nectar_prompt(messages: Sequence[Message]) -> str:
 
     Its format has no system role: a system message opens the first human turn.
     """
-    text = ""
-    system = ""
+    text = system = ""
     for message in messages:
-        match message.role:
-            case "system":
-                system = f"{message.content}\n\n"
-            case "user":
-                text += f"\n\nHuman: {system}{message.content}"
-                system = ""
-            case "assistant":
-                text += f"\n\nAssistant: {message.content}"
+        if message.role == "system":
+            system = f"{message.content}\n\n"
+        elif message.role == "user":
+            text += f"\n\nHuman: {system}{message.content}"
+            system = ""
+        else:
+            text += f"\n\nAssistant: {message.content}"
     return f"{text}\n\nAssistant: "
 
 
@@ -185,19 +168,3 @@ def _summarise(rows: Sequence[RankingRow], report: dict, path: Path) -> Summary:
             "is_position_biased": bool(biased),
         },
     )
-
-
-def _log_calls(calls: dict[str, CallStats]) -> None:
-    for name, stats in calls.items():
-        logger.info(
-            "%s: %d replies from the ledger, %d new, %d failed, %d sent again",
-            name,
-            stats.from_ledger,
-            stats.new,
-            stats.failed,
-            stats.unknown,
-        )
-
-
-def _batches(prompts: Sequence[Prompt], size: int) -> list[Sequence[Prompt]]:
-    return [prompts[start : start + size] for start in range(0, len(prompts), size)]

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 from starling.base.context import Context
-from starling.base.errors import RecipeError
 from starling.judging.config import JudgeSection
 from starling.judging.llm_judge import LlmJudge
 from starling.judging.recorded import Recorded
@@ -30,28 +29,13 @@ def build_judge(
 
 def _build_responder(section: JudgeSection, seed: int, context: Context) -> Responder:
     # Each branch imports what only it needs: the rubric needs neither torch nor a client.
-    match section.kind:
-        case "rubric":
-            return RubricResponder(seed, section.noise, section.position_bias)
-        case "endpoint":
-            from starling.models.endpoint import Endpoint
+    if section.kind == "rubric":
+        return RubricResponder(seed, section.noise, section.position_bias)
+    assert section.model is not None, "the section's validator saw to it"
+    if section.kind == "local":
+        from starling.models.local import load_local
 
-            return Endpoint(
-                _needed(section, "url"),
-                _needed(section, "model"),
-                api_key_env=section.api_key_env,
-                concurrency=section.concurrency,
-                timeout_seconds=section.timeout_seconds,
-            )
-        case "local":
-            model = _needed(section, "model")
-            from starling.models.local import load_local
+        return load_local(section.model, context.device)
+    from starling.models.endpoint import connect
 
-            return load_local(model, context.device)
-
-
-def _needed(section: JudgeSection, name: str) -> str:
-    value = getattr(section, name)
-    if not value:
-        raise RecipeError(f"judge.{name} is missing, and a judge of kind {section.kind} needs one.")
-    return value
+    return connect(section, section.model)

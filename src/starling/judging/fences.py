@@ -25,6 +25,7 @@ def fence(name: str, text: str, nonce: str) -> str:
     return f"<<{name} {nonce}>>\n{text}\n<<end {name} {nonce}>>"
 
 
-def fence_conversation(messages: Iterable[Message], nonce: str) -> str:
-    """A conversation as one block a turn, named by who speaks."""
-    return "\n".join(fence(message.role, message.content, nonce) for message in messages)
+def opening(messages: Iterable[Message], nonce: str) -> str:
+    """How a task begins: the nonce, and the conversation as one block a turn."""
+    blocks = "\n".join(fence(message.role, message.content, nonce) for message in messages)
+    return f"The code of the blocks is {nonce}.\n\nThe conversation so far:\n{blocks}\n\n"

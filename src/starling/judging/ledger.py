@@ -8,7 +8,7 @@ have the same rows; which calls a killed run may have paid for twice stands in a
 import json
 import sqlite3
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from starling.models.interfaces import Failure, Reply, Request, Usage
 FORMAT = 1
 BUSY_SECONDS = 30.0
 
-SCHEMA = """
+SCHEMA = f"""
 CREATE TABLE IF NOT EXISTS calls (
     key TEXT PRIMARY KEY,
     identity TEXT NOT NULL,
@@ -33,30 +33,19 @@ CREATE TABLE IF NOT EXISTS calls (
     ids TEXT,
     reason TEXT
 ) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS lost (
-    key TEXT PRIMARY KEY,
-    times INTEGER NOT NULL
-) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS lost (key TEXT PRIMARY KEY, times INTEGER NOT NULL) WITHOUT ROWID;
+PRAGMA user_version = {FORMAT};
 """
 
-# An answer is final: nothing that comes later may write over a reply that reached us.
 _WRITE = """
-INSERT INTO calls VALUES
+INSERT OR REPLACE INTO calls VALUES
     (:key, :identity, :request_id, :request, :state, :text, :finish_reason, :prompt_tokens,
      :response_tokens, :ids, :reason)
-ON CONFLICT (key) DO UPDATE SET
-    request_id = excluded.request_id, state = excluded.state, text = excluded.text,
-    finish_reason = excluded.finish_reason, prompt_tokens = excluded.prompt_tokens,
-    response_tokens = excluded.response_tokens, ids = excluded.ids, reason = excluded.reason
-WHERE calls.state != 'answered'
 """
 
 
 class Ledger:
-    """One connection to `calls.sqlite`, for the calls of one responder.
-
-    Raises DataError for a file that is no ledger, is of another version, or cannot be written.
-    """
+    """One connection to `calls.sqlite`, for one responder; DataError when it cannot be used."""
 
     def __init__(self, path: Path, identity: str) -> None:
         self._path = path
@@ -64,11 +53,15 @@ class Ledger:
         with _readable_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             self._connection = _connect(path)
-        try:
-            self._prepare()
-        except BaseException:
-            self._connection.close()
-            raise
+            [version] = self._connection.execute("PRAGMA user_version").fetchone()
+            if version not in (0, FORMAT):
+                self.close()
+                raise DataError(
+                    f"{path} is of version {version}, and this program reads {FORMAT}. "
+                    "Use the program that wrote it, or move it away to ask every call again."
+                )
+            self._connection.execute("PRAGMA journal_mode = WAL")
+            self._connection.executescript(SCHEMA)
 
     def mark_lost(self) -> int:
         """Turn the calls a dead run had in flight from sent to unknown, and count them."""
@@ -78,11 +71,10 @@ class Ledger:
                 "ON CONFLICT (key) DO UPDATE SET times = times + 1",
                 [self._identity],
             )
-            cursor = connection.execute(
+            return connection.execute(
                 "UPDATE calls SET state = 'unknown' WHERE state = 'sent' AND identity = ?",
                 [self._identity],
-            )
-            return cursor.rowcount
+            ).rowcount
 
     def find_answer(self, key: str, request: Request) -> Reply | None:
         """The recorded reply to a call, under the id of today's request."""
@@ -96,54 +88,32 @@ class Ledger:
         ids = None if row["ids"] is None else tuple(json.loads(row["ids"]))
         return Reply(request.id, row["text"], row["finish_reason"], usage, ids)
 
-    def write_sent(self, key: str, request: Request) -> None:
-        """Commit that a call is about to be made."""
-        self._write([self._row(key, request, None)])
-
-    def write_outcomes(self, outcomes: Iterable[tuple[str, Request, Reply | Failure]]) -> None:
-        """Commit outcomes, all or none."""
-        self._write([self._row(key, request, outcome) for key, request, outcome in outcomes])
+    def write(self, calls: Iterable[tuple[str, Request, Reply | Failure | None]]) -> None:
+        """Commit calls by key, all or none: what came back; None for what is about to be sent."""
+        rows = [self._row(*call) for call in calls]
+        with self._transaction() as connection:
+            connection.executemany(_WRITE, rows)
 
     def close(self) -> None:
         """Close the file; the last connection to do so removes its -wal and -shm."""
         self._connection.close()
 
-    def _prepare(self) -> None:
-        with _readable_errors(self._path):
-            [version] = self._connection.execute("PRAGMA user_version").fetchone()
-            if version not in (0, FORMAT):
-                raise DataError(
-                    f"{self._path} is of version {version}, and this program reads {FORMAT}. "
-                    "Use the program that wrote it, or move it away to ask every call again."
-                )
-            self._connection.execute("PRAGMA journal_mode = WAL")
-            self._connection.executescript(SCHEMA)
-            self._connection.execute(f"PRAGMA user_version = {FORMAT}")
-
     def _row(self, key: str, request: Request, outcome: Reply | Failure | None) -> dict[str, Any]:
-        row: dict[str, Any] = dict.fromkeys(
-            ("text", "finish_reason", "prompt_tokens", "response_tokens", "ids", "reason")
-        )
-        row |= {"key": key, "identity": self._identity, "request_id": request.id}
-        row |= {"request": json.dumps(request_content(request), ensure_ascii=False)}
-        match outcome:
-            case None:
-                return row | {"state": "sent"}
-            case Failure(reason=reason):
-                return row | {"state": "failed", "reason": reason}
-            case Reply():
-                return row | {
-                    "state": "answered",
-                    "text": outcome.text,
-                    "finish_reason": outcome.finish_reason,
-                    "prompt_tokens": outcome.usage.prompt_tokens,
-                    "response_tokens": outcome.usage.response_tokens,
-                    "ids": None if outcome.ids is None else json.dumps(outcome.ids),
-                }
-
-    def _write(self, rows: list[dict[str, Any]]) -> None:
-        with self._transaction() as connection:
-            connection.executemany(_WRITE, rows)
+        reply = outcome if isinstance(outcome, Reply) else None
+        state = "sent" if outcome is None else "failed" if reply is None else "answered"
+        return {
+            "key": key,
+            "identity": self._identity,
+            "request_id": request.id,
+            "request": json.dumps(request_content(request), ensure_ascii=False),
+            "state": state,
+            "text": reply and reply.text,
+            "finish_reason": reply and reply.finish_reason,
+            "prompt_tokens": reply and reply.usage.prompt_tokens,
+            "response_tokens": reply and reply.usage.response_tokens,
+            "ids": json.dumps(reply.ids) if reply and reply.ids is not None else None,
+            "reason": outcome.reason if isinstance(outcome, Failure) else None,
+        }
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
@@ -163,29 +133,15 @@ def request_content(request: Request) -> dict[str, Any]:
     }
 
 
-def ledger_rows(path: Path) -> list[dict[str, Any]]:
+def ledger_rows(path: Path, table: str = "calls") -> list[dict[str, Any]]:
     """All calls of a ledger, sorted by key: two ledgers are equal when these lists are.
 
-    Raises DataError when there is no such file or it is no ledger.
+    The table `lost` says how often each was in flight when a run died.
     """
-    return _read_rows(path, "SELECT * FROM calls ORDER BY key")
-
-
-def lost_calls(path: Path) -> dict[str, int]:
-    """How often each call, by key, was in flight when a run died.  Raises like `ledger_rows`."""
-    rows = _read_rows(path, "SELECT * FROM lost ORDER BY key")
-    return {row["key"]: row["times"] for row in rows}
-
-
-def _read_rows(path: Path, query: str) -> list[dict[str, Any]]:
     if not path.is_file():
         raise DataError(f"there is no ledger {path}.")
-    with _readable_errors(path):
-        connection = _connect(path)
-        try:
-            return [dict(row) for row in connection.execute(query)]
-        finally:
-            connection.close()
+    with _readable_errors(path), closing(_connect(path)) as connection:
+        return [dict(row) for row in connection.execute(f"SELECT * FROM {table} ORDER BY key")]
 
 
 def _connect(path: Path) -> sqlite3.Connection:
@@ -197,7 +153,7 @@ def _connect(path: Path) -> sqlite3.Connection:
 
 @contextmanager
 def _readable_errors(path: Path) -> Iterator[None]:
-    """Turn what a disk or another program can cause into a DataError; our own bugs pass."""
+    """Turn what a disk or another program can cause into a DataError."""
     try:
         yield
     except (sqlite3.OperationalError, OSError) as error:
@@ -206,8 +162,6 @@ def _readable_errors(path: Path) -> Iterator[None]:
             "and that there is room on the disk, then run the same command again."
         ) from error
     except sqlite3.DatabaseError as error:
-        if isinstance(error, sqlite3.IntegrityError | sqlite3.ProgrammingError):
-            raise
         raise DataError(
             f"{path} is damaged: {error}. Restore it, or move it away to ask every call again."
         ) from error

@@ -5,24 +5,19 @@ shuffling, parsing and bias holds for a real judge.
 """
 
 from collections.abc import Iterable, Iterator
-from types import TracebackType
+from contextlib import AbstractContextManager
 from typing import Any
 
 from starling.base.seeding import derive_seed
 from starling.data.records import Message
 from starling.judging.judge import Comparison, GradedAnswer, Ranking, Rating, Unparsed
-from starling.judging.kwise import (
-    Presented,
-    parse_good_natured,
-    parse_ranking,
-    present,
-    unshuffle,
-)
+from starling.judging.kwise import Presented, parse_good_natured, parse_ranking, present, unshuffle
 from starling.judging.rating import parse_rating, rating_messages
+from starling.judging.recorded import Recorded
 from starling.models.interfaces import Failure, Reply, Request, Responder, Sampling
 
 
-class LlmJudge:
+class LlmJudge(AbstractContextManager["LlmJudge"]):
     """Asks `responder`, once per question; what cannot be read is `Unparsed`, never a number.
 
     A request's `subject` is the question with its answers in the order shown.  As a context manager
@@ -38,10 +33,7 @@ class LlmJudge:
         self._temperature = temperature
 
     def rank(self, comparisons: Iterable[Comparison]) -> Iterator[Ranking | Unparsed]:
-        """Rank each comparison's answers, in the comparisons' order.
-
-        Raises ValueError when two comparisons of one call share an id.
-        """
+        """Rank each comparison's answers; ValueError when two of one call share an id."""
         questions = [present(comparison, self._seed) for comparison in comparisons]
         requests = [
             self._request("rank", question.messages, question.shown) for question in questions
@@ -51,30 +43,14 @@ class LlmJudge:
 
     def rate(self, answers: Iterable[GradedAnswer]) -> Iterator[Rating | Unparsed]:
         """Rate each answer, in the answers' order.  Raises like `rank`."""
-        questions = list(answers)
         requests = [
-            self._request("rate", rating_messages(question, self._seed), question)
-            for question in questions
+            self._request("rate", rating_messages(answer, self._seed), answer) for answer in answers
         ]
-        for question, outcome in zip(questions, self._ask(requests), strict=True):
-            yield _read_rating(question, outcome)
+        yield from map(_read_rating, self._ask(requests))
 
-    def close(self) -> None:
-        """Close the responder, where it can be closed."""
-        close = getattr(self.responder, "close", None)
-        if close is not None:
-            close()
-
-    def __enter__(self) -> "LlmJudge":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
+    def __exit__(self, *_error: object) -> None:
+        if isinstance(self.responder, Recorded):
+            self.responder.close()
 
     def _request(self, purpose: str, messages: tuple[Message, ...], subject: Any) -> Request:
         seed = derive_seed(self._seed, f"judging/{purpose}/{subject.id}")
@@ -82,31 +58,26 @@ class LlmJudge:
         return Request(subject.id, messages, sampling, subject=subject)
 
     def _ask(self, requests: list[Request]) -> Iterator[Reply | Failure]:
-        """Every request's outcome, in the requests' order, each as early as that allows."""
+        """Every request's outcome, in the requests' order."""
         ids = [request.id for request in requests]
         if len(set(ids)) < len(ids):
             repeated = next(id for id in ids if ids.count(id) > 1)
             raise ValueError(f"two questions of one call share the id {repeated!r}")
-        waiting: dict[str, Reply | Failure] = {}
-        position = 0
-        for outcome in self.responder.respond(requests):
-            waiting[outcome.request_id] = outcome
-            while position < len(ids) and ids[position] in waiting:
-                yield waiting.pop(ids[position])
-                position += 1
-        if position < len(ids):
-            raise ValueError(f"the responder left {ids[position]!r} without an outcome")
+        outcomes = {each.request_id: each for each in self.responder.respond(requests)}
+        for id in ids:
+            if id not in outcomes:
+                raise ValueError(f"the responder left {id!r} without an outcome")
+            yield outcomes[id]
 
 
 def _read_ranking(question: Presented, outcome: Reply | Failure) -> Ranking | Unparsed:
-    id = question.shown.id
     if isinstance(outcome, Failure):
-        return Unparsed(id, f"the judge did not answer: {outcome.reason}", "")
+        return _unanswered(outcome)
     order = parse_ranking(outcome.text, len(question.presented))
     if isinstance(order, Unparsed):
-        return _unread(id, order.reason, outcome)
+        return _unread(outcome, order.reason)
     return Ranking(
-        id=id,
+        id=outcome.request_id,
         ranks=unshuffle(order, question.presented),
         presented=question.presented,
         good_natured=parse_good_natured(outcome.text),
@@ -115,18 +86,22 @@ def _read_ranking(question: Presented, outcome: Reply | Failure) -> Ranking | Un
     )
 
 
-def _read_rating(question: GradedAnswer, outcome: Reply | Failure) -> Rating | Unparsed:
+def _read_rating(outcome: Reply | Failure) -> Rating | Unparsed:
     if isinstance(outcome, Failure):
-        return Unparsed(question.id, f"the judge did not answer: {outcome.reason}", "")
+        return _unanswered(outcome)
     score = parse_rating(outcome.text)
     if score is None:
-        return _unread(question.id, "it holds no rating from 1 to 10", outcome)
-    return Rating(question.id, score, outcome.text, outcome.usage)
+        return _unread(outcome, "it holds no rating from 1 to 10")
+    return Rating(outcome.request_id, score, outcome.text, outcome.usage)
 
 
-def _unread(id: str, reason: str, reply: Reply) -> Unparsed:
+def _unanswered(failure: Failure) -> Unparsed:
+    return Unparsed(failure.request_id, f"the judge did not answer: {failure.reason}", "")
+
+
+def _unread(reply: Reply, reason: str) -> Unparsed:
     if reply.finish_reason == "length":
         reason = f"the reply was cut after {reply.usage.response_tokens} tokens, and {reason}"
     else:
         reason = f"the reply could not be read: {reason}"
-    return Unparsed(id, reason, reply.text)
+    return Unparsed(reply.request_id, reason, reply.text)

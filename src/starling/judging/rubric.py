@@ -60,13 +60,7 @@ class Checks(BaseModel):
 
     @model_validator(mode="after")
     def _refuse_empty(self) -> "Checks":
-        if not (
-            self.contains_all
-            or self.contains_any
-            or self.equals_any
-            or self.ordered
-            or self.excludes
-        ):
+        if not any(value for name, value in self if name != "max_words"):
             raise ValueError(
                 "no requirement: give at least one of contains_all, contains_any, equals_any, "
                 "ordered, excludes"

@@ -30,20 +30,13 @@ class RubricResponder:
     commits_together = True
 
     def __init__(self, seed: int, noise: float, position_bias: float) -> None:
+        self.identity = f"rubric seed={seed} noise={noise} position_bias={position_bias}"
         self._seed = seed
         self._noise = noise
         self._position_bias = position_bias
 
-    @property
-    def identity(self) -> str:
-        """Names the seed and both errors: equal means same answers."""
-        return f"rubric seed={self._seed} noise={self._noise} position_bias={self._position_bias}"
-
     def respond(self, requests: Iterable[Request]) -> Iterator[Reply]:
-        """Yield one reply per request, in order.
-
-        Raises DataError for a question without checks, or with checks that cannot be read.
-        """
+        """Yield one reply per request, in order; DataError without checks that can be read."""
         for request in requests:
             match request.subject:
                 case Comparison() as comparison:
@@ -66,10 +59,10 @@ class RubricResponder:
             # The coin parts equal grades, so that position never does.
             merits[ascii_uppercase[position]] = (total + error + bias, coin)
         order = sorted(merits, key=merits.__getitem__, reverse=True)
-        walk = [
+        walk = (
             f"{left} and {right}: {min(left, right, key=order.index)} is better."
             for left, right in combinations(merits, 2)
-        ]
+        )
         return "\n".join(["Good-natured: yes", *walk, f"[[{', '.join(map(repr, order))}]]"])
 
     def _rate(self, id: str, answer: GradedAnswer) -> str:

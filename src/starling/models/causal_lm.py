@@ -182,9 +182,7 @@ def load_config(reference: str) -> PretrainedConfig:
         raise ModelError(f"{reference}: no usable config.json ({error})") from error
 
 
-def load_weights(
-    factory: Any, reference: str, config: PretrainedConfig, **options: Any
-) -> PreTrainedModel:
+def load_weights(factory: Any, reference: str, config: PretrainedConfig, **options: Any) -> Any:
     """Load safetensors into `factory`'s model; raises ModelError for damaged or pickled weights."""
     from safetensors import SafetensorError
 
@@ -235,7 +233,8 @@ def guess_format(tokenizer: TextTokenizer) -> str | None:
 
 def check_vocabulary(reference: str, model: PreTrainedModel, codec: ChatCodec) -> None:
     """Refuse a tokenizer with more entries than the embedding has rows."""
-    rows = model.get_input_embeddings().weight.shape[0]
+    embedding: Any = model.get_input_embeddings()
+    rows = embedding.weight.shape[0]
     if len(codec.tokenizer) > rows:
         raise ModelError(
             f"{reference}: the tokenizer has {len(codec.tokenizer)} entries and the embedding "

@@ -3,8 +3,6 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 
 from pydantic import BaseModel, Field, ValidationError
 
@@ -42,11 +40,7 @@ class _Completion(BaseModel):
 
 
 def read_completion(request: Request, body: bytes) -> Reply | Failure:
-    """Turn the body of a 200 into a Reply.
-
-    A Failure: no chat completion, an empty or refused one, or one that ended neither by itself nor
-    at the limit (filtered, a tool call).
-    """
+    """Turn the body of a 200 into a Reply; a Failure where it is none, empty, refused or cut."""
     try:
         completion = _Completion.model_validate_json(body)
     except ValidationError as error:
@@ -73,28 +67,15 @@ def read_completion(request: Request, body: bytes) -> Reply | Failure:
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:
-    """The seconds a Retry-After header asks to wait, given as a number or a date; None without."""
-    text = headers.get("retry-after", "").strip()
+    """The seconds that a Retry-After header asks to wait; None where it gives no number."""
     try:
-        wait_seconds = float(text)
+        wait_seconds = float(headers.get("retry-after", ""))
     except ValueError:
-        wait_seconds = _seconds_until(text)
-    if wait_seconds is None or not math.isfinite(wait_seconds):
         return None
-    return max(0.0, wait_seconds)
+    return max(0.0, wait_seconds) if math.isfinite(wait_seconds) else None
 
 
 def clean(message: str) -> str:
     """A server's words on one line and of bearable length."""
     line = " ".join(message.split())
     return line if len(line) <= LONGEST_MESSAGE else line[:LONGEST_MESSAGE] + "..."
-
-
-def _seconds_until(date: str) -> float | None:
-    try:
-        moment = parsedate_to_datetime(date)
-    except ValueError:
-        return None
-    if moment.tzinfo is None:
-        moment = moment.replace(tzinfo=UTC)
-    return (moment - datetime.now(UTC)).total_seconds()

@@ -1,8 +1,8 @@
 """An OpenAI-compatible server as a responder: bounded retries, and every outcome typed.
 
 Chat completions are what all such servers speak.  The client's own retries are off, because they
-would send paid calls again without the ledger knowing.  asyncio stays in here, in one thread per
-`respond`.  Left out: streaming, tools, and a request's `mode`, for which the shape has no field.
+would send paid calls again without the ledger knowing.  asyncio stays in here.  Left out:
+streaming, tools, and a request's `mode`, for which the shape has no field.
 """
 
 import asyncio
@@ -10,19 +10,14 @@ import logging
 import os
 import sys
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future
-from dataclasses import dataclass
 from itertools import islice
-from queue import SimpleQueue
-from threading import Thread
-from types import TracebackType
 from typing import TYPE_CHECKING
 
 from starling.base.errors import InputError
 from starling.base.seeding import python_generator
 from starling.models.completion import Transient, clean, read_completion, retry_after
+from starling.models.config import EndpointSection
 from starling.models.interfaces import Failure, Reply, Request
-from starling.models.url import check_url
 
 if TYPE_CHECKING:
     from openai import APIStatusError, AsyncOpenAI
@@ -34,21 +29,13 @@ LONGEST_WAIT_SECONDS = 300.0
 """A server that asks for more (a daily limit) is not waited for; the next run asks it again."""
 
 
-@dataclass(frozen=True)
-class _Limits:
-    concurrency: int
-    timeout_seconds: float
-    retries: int
-
-
 class Endpoint:
     """Asks `model` at `url`, at most `concurrency` calls at a time.
 
     Time-outs, broken connections, 408, 429 and 5xx are tried again, `retries` times, with waits
     that double or that the server names.  Any other refusal, and a reply that is empty, filtered or
-    no chat completion, is a Failure at once.  Raises InputError for a url that holds a key, a
-    variable that is not set, and, from `respond`, for what would fail every call: a wrong key, a
-    missing model, an empty account.
+    no chat completion, is a Failure at once.  Raises InputError for a variable that is not set
+    and, from `respond`, for what would fail every call: a wrong key or model, an empty account.
     """
 
     commits_together = False
@@ -63,45 +50,42 @@ class Endpoint:
         timeout_seconds: float = 100.0,
         retries: int = 5,
     ) -> None:
-        try:
-            check_url(url)
-        except ValueError as error:
-            raise InputError(f"the url of an endpoint: {error}.") from error
         self.url = url.rstrip("/")
         self.model = model
+        self.identity = f"{self.url} {model}"
         self._api_key_env = api_key_env
         self._api_key = _read_key(api_key_env)
-        self._limits = _Limits(concurrency, timeout_seconds, retries)
+        self._concurrency = concurrency
+        self._timeout_seconds = timeout_seconds
+        self._retries = retries
         self._limit_name = "max_tokens"
         self._has_warned_of_mode = False
 
-    @property
-    def identity(self) -> str:
-        """The address and the model's name there."""
-        return f"{self.url} {self.model}"
-
     def respond(self, requests: Iterable[Request]) -> Iterator[Reply | Failure]:
-        """Yield outcomes as they arrive; takes the next request only when a call has ended.
-
-        Closing the iterator early cancels the calls in flight.
-        """
+        """Yield outcomes as they arrive; takes the next request only when a call has ended."""
         pending = iter(requests)
-        done: SimpleQueue[Future[Reply | Failure]] = SimpleQueue()
-        with _LoopThread(self) as loop:
-            num_in_flight = 0
-            for request in islice(pending, self._limits.concurrency):
-                loop.submit(request, done)
-                num_in_flight += 1
-            while num_in_flight:
-                outcome = done.get().result()
-                num_in_flight -= 1
-                # First yield, then send: what has arrived is recorded before more is in flight.
-                yield outcome
-                for request in islice(pending, 1):
-                    loop.submit(request, done)
-                    num_in_flight += 1
+        calls: set[asyncio.Task[Reply | Failure]] = set()
+        client, runner = self._open_client(), asyncio.Runner()
 
-    def open_client(self) -> "AsyncOpenAI":
+        def send(most: int) -> None:
+            for request in islice(pending, most):
+                calls.add(runner.get_loop().create_task(self._ask(client, request)))
+
+        try:
+            send(self._concurrency)
+            while calls:
+                wait = asyncio.wait(calls, return_when=asyncio.FIRST_COMPLETED)
+                for call in runner.run(wait)[0]:
+                    calls.remove(call)
+                    # First yield, then send: what arrived is recorded before more is in flight.
+                    yield call.result()
+                    send(1)
+        finally:
+            if not sys.is_finalizing():  # an iterator left open until now cannot be waited for
+                runner.run(_shut_down(client, calls))
+                runner.close()
+
+    def _open_client(self) -> "AsyncOpenAI":
         """A client that retries nothing and says nothing about who runs it but the key."""
         from openai import AsyncOpenAI, Omit
 
@@ -115,19 +99,19 @@ class Endpoint:
             default_headers={} if self._api_key_env else private,  # type: ignore[arg-type]
         )
 
-    async def ask(self, client: "AsyncOpenAI", request: Request) -> Reply | Failure:
+    async def _ask(self, client: "AsyncOpenAI", request: Request) -> Reply | Failure:
         """One request with its retries."""
         if request.mode is not None and not self._has_warned_of_mode:
             self._has_warned_of_mode = True
             logger.warning("%s takes no mode; %r and others are ignored", self.url, request.mode)
         reason = ""
-        for attempt in range(self._limits.retries + 1):
+        for attempt in range(self._retries + 1):
             outcome = await self._attempt(client, request)
             if not isinstance(outcome, Transient):
                 return outcome
             reason = f"{outcome.reason} ({attempt + 1} attempts)"
             wait = _wait_seconds(request, attempt, outcome)
-            if attempt == self._limits.retries or wait > LONGEST_WAIT_SECONDS:
+            if attempt == self._retries or wait > LONGEST_WAIT_SECONDS:
                 break
             logger.info("%s: %s; again in %.1f s", request.id, reason, wait)
             await asyncio.sleep(wait)
@@ -138,15 +122,14 @@ class Endpoint:
     ) -> Reply | Failure | Transient:
         import openai
 
-        timeout_seconds = self._limits.timeout_seconds
         try:
             # Bounds the whole call; the client's own limit only bounds each wait for bytes.
-            async with asyncio.timeout(timeout_seconds):
+            async with asyncio.timeout(self._timeout_seconds):
                 response = await client.chat.completions.with_raw_response.create(
                     **self._body(request)
                 )
         except (TimeoutError, openai.APITimeoutError):
-            return Transient(f"no reply within {timeout_seconds:g} s")
+            return Transient(f"no reply within {self._timeout_seconds:g} s")
         except openai.APIConnectionError as error:
             return Transient(f"the connection broke: {clean(str(error.__cause__ or error))}")
         except openai.APIStatusError as error:
@@ -172,7 +155,11 @@ class Endpoint:
             self._limit_name = "max_completion_tokens"
             return Transient(said, wait_seconds=0.0)
         if status == 401:
-            raise InputError(f"the key was refused. {said}. {self._key_advice()}")
+            name = self._api_key_env
+            advice = f"Put a valid key into the environment variable {name}."
+            if name is None:
+                advice = "Name the environment variable that holds a key in api_key_env."
+            raise InputError(f"the key was refused. {said}. {advice}")
         if status == 404:
             raise InputError(
                 f"there is no model {self.model!r}, or nothing that takes chat completions. "
@@ -184,49 +171,24 @@ class Endpoint:
             return Transient(said, retry_after(error.response.headers))
         return Failure(request.id, said)
 
-    def _key_advice(self) -> str:
-        if self._api_key_env is None:
-            return "Name the environment variable that holds a key in api_key_env."
-        return f"Put a valid key into the environment variable {self._api_key_env}."
+
+def connect(section: EndpointSection, model: str) -> Endpoint:
+    """The endpoint of a recipe's section."""
+    assert section.url is not None, "asked only of sections that name an address"
+    return Endpoint(
+        section.url,
+        model,
+        api_key_env=section.api_key_env,
+        concurrency=section.concurrency,
+        timeout_seconds=section.timeout_seconds,
+    )
 
 
-class _LoopThread:
-    """An event loop with one client, in a thread of its own for as long as the block lasts."""
-
-    def __init__(self, endpoint: Endpoint) -> None:
-        self._endpoint = endpoint
-        self._client = endpoint.open_client()
-        self._loop = asyncio.new_event_loop()
-        self._thread = Thread(target=self._loop.run_forever, name="endpoint", daemon=True)
-
-    def submit(self, request: Request, done: "SimpleQueue[Future[Reply | Failure]]") -> None:
-        """Start a call; its future is put into `done` when it has ended."""
-        call = self._endpoint.ask(self._client, request)
-        asyncio.run_coroutine_threadsafe(call, self._loop).add_done_callback(done.put)
-
-    def __enter__(self) -> "_LoopThread":
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if sys.is_finalizing():
-            return  # An iterator left open until now: the thread is gone, and waiting has no end.
-        asyncio.run_coroutine_threadsafe(self._shut_down(), self._loop).result()
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
-
-    async def _shut_down(self) -> None:
-        for call in (calls := asyncio.all_tasks() - {asyncio.current_task()}):
-            call.cancel()
-        await asyncio.gather(*calls, return_exceptions=True)
-        await self._client.close()
-        await self._loop.shutdown_default_executor()
+async def _shut_down(client: "AsyncOpenAI", calls: set[asyncio.Task]) -> None:
+    for call in calls:
+        call.cancel()
+    await asyncio.gather(*calls, return_exceptions=True)
+    await client.close()
 
 
 def _read_key(name: str | None) -> str:

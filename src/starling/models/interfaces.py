@@ -104,15 +104,10 @@ class Failure:
 class Responder(Protocol):
     """Answers conversations: a local model, an endpoint, a rubric, a recording of one of them."""
 
-    @property
-    def identity(self) -> str:
-        """Names what answers (model and weights, or URL and model): equal means same answers."""
-        ...
-
-    @property
-    def commits_together(self) -> bool:
-        """True where all replies of one `respond` are one unit: a local batch, nothing bought."""
-        ...
+    identity: str
+    """Names what answers (model and weights, or URL and model): equal means same answers."""
+    commits_together: bool
+    """True where all replies of one `respond` are one unit: a local batch, nothing bought."""
 
     def respond(self, requests: Iterable[Request]) -> Iterator[Reply | Failure]:
         """Yield one outcome per request as each finishes."""

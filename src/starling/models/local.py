@@ -1,6 +1,7 @@
 """A language model in this process as a responder: messages in, text out."""
 
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 from starling.base.hashing import hash_json, hash_tree
 from starling.data.chat import ChatCodec
@@ -13,19 +14,13 @@ from starling.models.torch_engine import TorchEngine
 class Local:
     """Answers conversations through an engine that speaks one chat format."""
 
+    # Samples of one batch share their matrix products, so a batch is one unit.
+    commits_together = True
+
     def __init__(self, engine: Engine, codec: ChatCodec, *, identity: str) -> None:
         self.engine = engine
         self.codec = codec
-        self._identity = identity
-
-    @property
-    def identity(self) -> str:
-        return self._identity
-
-    @property
-    def commits_together(self) -> bool:
-        """Samples of one batch share their matrix products, so a batch is one unit."""
-        return True
+        self.identity = identity
 
     def respond(self, requests: Iterable[Request]) -> Iterator[Reply]:
         """Yield each reply as its row ends."""
@@ -66,8 +61,6 @@ def trim_turns(
 
 def load_local(reference: str, device: str = "cpu", *, chat_format: str | None = None) -> Local:
     """Load a folder or hub id behind the in-process engine; its identity follows its content."""
-    from pathlib import Path
-
     loaded = load_language_model(reference, device=device, chat_format=chat_format)
     engine = TorchEngine(
         loaded.model, stop_ids=loaded.codec.stop_ids, pad_id=loaded.codec.tokenizer.pad_id

@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
+from transformers.utils import logging as transformers_logging
 
 from starling.base.errors import ModelError
 from starling.data.chat import ChatCodec
@@ -30,6 +31,9 @@ from starling.models.causal_lm import (
     load_weights,
     save_model,
 )
+
+HEAD_NAMES = ("score", "classifier")
+HEAD_WEIGHTS = frozenset(f"{name}.{part}" for name in HEAD_NAMES for part in ("weight", "bias"))
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,10 @@ class RewardModel:
     max_length: int = 2048
     truncate: str = "left"
 
+    def __post_init__(self) -> None:
+        if self.truncate not in ("left", "right"):
+            raise ModelError(f"truncate is {self.truncate!r}; it must be left or right")
+
     @staticmethod
     def load(reference: str, *, device: str = "cpu") -> "RewardModel":
         """Load a trained reward model; raises ModelError that says what else it found."""
@@ -63,7 +71,7 @@ class RewardModel:
                 "reward model is a ...ForSequenceClassification with one. Train one with the "
                 "reward stage"
             )
-        return RewardModel._load(reference, config, device, None)
+        return RewardModel._load(reference, config, device)
 
     @staticmethod
     def from_language_model(
@@ -79,14 +87,36 @@ class RewardModel:
             )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            reward_model = RewardModel._load(reference, config, device, chat_format)
+            reward_model = RewardModel._load(
+                reference, config, device, chat_format, new_weights=HEAD_WEIGHTS
+            )
             head = score_head(reward_model.model)
             torch.nn.init.normal_(head.weight, std=1 / math.sqrt(head.weight.shape[1] + 1))
         return reward_model
 
     @staticmethod
-    def _load(reference: str, config: Any, device: str, chat_format: str | None) -> "RewardModel":
-        model = load_weights(AutoModelForSequenceClassification, reference, config)
+    def _load(
+        reference: str,
+        config: Any,
+        device: str,
+        chat_format: str | None = None,
+        *,
+        new_weights: frozenset[str] = frozenset(),
+    ) -> "RewardModel":
+        # transformers' report of missing weights says nothing new where the head is to be made.
+        verbosity = transformers_logging.get_verbosity()
+        transformers_logging.set_verbosity_error()
+        try:
+            model, found = load_weights(
+                AutoModelForSequenceClassification, reference, config, output_loading_info=True
+            )
+        finally:
+            transformers_logging.set_verbosity(verbosity)
+        missing = sorted(set(found["missing_keys"]) - new_weights)
+        if missing:
+            raise ModelError(
+                f"{reference}: the weights lack {', '.join(missing[:3])}; save the model again"
+            )
         codec = load_codec(reference, config, chat_format)
         check_vocabulary(reference, model, codec)
         head = score_head(model)
@@ -146,7 +176,7 @@ class RewardModel:
 
 def score_head(model: PreTrainedModel) -> torch.nn.Linear:
     """The scalar head, under whichever name the architecture gives it."""
-    for name in ("score", "classifier"):
+    for name in HEAD_NAMES:
         head = getattr(model, name, None)
         if isinstance(head, torch.nn.Linear):
             return head

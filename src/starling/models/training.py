@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from starling.base.checkpoint import Snapshot, load_newest, save_checkpoint
 from starling.base.context import Context
-from starling.base.errors import CheckpointError
+from starling.base.errors import CheckpointError, InputError
 from starling.base.metrics import MetricsLog
 from starling.base.training_state import (
     check_names,
@@ -69,11 +69,14 @@ class Trainable:
     def step(self, step: int) -> float:
         """Clip the gradients, take optimizer step `step`, clear them; returns the norm before.
 
-        Raises ValueError for a norm that is not finite, before any weight has moved.
+        Raises InputError for a norm that is not finite, before any weight has moved.
         """
         norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm))
         if not math.isfinite(norm):
-            raise ValueError(f"the gradient norm is {norm} at optimizer step {step}")
+            raise InputError(
+                f"the gradient norm is {norm} at optimizer step {step}; lower the stage's lr, or "
+                "its max_grad_norm, then run the same command again"
+            )
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * self.schedule(step)
         self.optimizer.step()

@@ -15,6 +15,8 @@ class PpoSection(Section):
 
     policy: str | None = None
     """Starting policy; absent: the sft stage's model, or the recipe's `policy`."""
+    chat_format: str | None = None
+    """Chat format of the starting policy; absent: its own."""
     prompts: str | None = None
     """JSONL prompts; absent: those of the feedback stage."""
     reward_model: str | None = None
@@ -84,10 +86,10 @@ class PpoSection(Section):
     def _validate(self) -> "PpoSection":
         episodes = self.rollout_batch * self.samples_per_prompt
         if episodes % self.minibatches:
-            raise ValueError(f"minibatches {self.minibatches} does not divide {episodes} episodes")
+            raise ValueError(f"minibatches: {self.minibatches} does not divide {episodes} episodes")
         if self.kl_target is not None and 0.2 * episodes / self.kl_horizon >= 1:
             raise ValueError(
-                f"kl_horizon {self.kl_horizon} is too short for {episodes} episodes an iteration: "
+                f"kl_horizon: {self.kl_horizon} is too short for {episodes} episodes an iteration: "
                 f"the controller could multiply kl_coef by 0; set it above {episodes // 5}"
             )
         return self

@@ -41,7 +41,9 @@ logger = logging.getLogger(__name__)
 
 def run(section: PpoSection, inputs: PpoInputs, out: Path, context: Context) -> Summary:
     """Improve the policy for `steps` iterations and save the checkpoint that the judge prefers."""
-    start = load_language_model(inputs.policy, device=context.device)
+    start = load_language_model(
+        inputs.policy, device=context.device, chat_format=section.chat_format
+    )
     reference = frozen_copy(start.model)
     reward_model = RewardModel.load(inputs.reward_model, device=context.device)
     actor_critic = ActorCritic(start.model, critic=section.critic)

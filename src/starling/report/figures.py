@@ -1,4 +1,4 @@
-"""The charts, as SVG for the page and PNG for the README: the same numbers give the same bytes.
+"""The charts of the page, as SVG: the same numbers give the same bytes.
 
 Colours are Okabe and Ito's, which remain distinct to colour-blind readers; markers differ too.
 matplotlib is imported where something is drawn: it takes longer to load than most commands to run.
@@ -7,13 +7,10 @@ matplotlib is imported where something is drawn: it takes longer to load than mo
 import io
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from starling.base.errors import DataError
 from starling.base.estimate import Estimate
-from starling.base.files import write_atomically
-from starling.report.read import AFTER, BEFORE, Run, as_estimate, read_run
+from starling.report.read import Run, as_estimate
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -42,11 +39,11 @@ def draw_overoptimisation(run: Run) -> bytes | None:
     if not run.validations:
         return None
     has_gold = all(point.gold is not None for point in run.validations)
-    with _figure(4.7, 4.2 if has_gold else 2.6) as figure:
+    with new_figure(4.7, 4.2 if has_gold else 2.6) as figure:
         panels = figure.subplots(2 if has_gold else 1, 1, sharex=True, squeeze=False)[:, 0]
-        _draw_against_kl(panels[0], run, "score", "reward-model score", ORANGE)
+        draw_against_kl(panels[0], run, "score", "reward-model score", ORANGE)
         if has_gold:
-            _draw_against_kl(panels[1], run, "gold", "gold (0 to 1)", BLUE)
+            draw_against_kl(panels[1], run, "gold", "gold (0 to 1)", BLUE)
         panels[-1].set_xlabel("sequence KL to the start, nats")
         return _svg(figure)
 
@@ -56,20 +53,21 @@ def draw_length(run: Run) -> bytes | None:
     if not run.ppo_metrics:
         return None
     steps = [row["step"] for row in run.ppo_metrics]
-    with _figure(4.7, 4.2) as figure:
-        length, ended = figure.subplots(2, 1, sharex=True)
-        length.plot(steps, [row["ppo/response_tokens"] for row in run.ppo_metrics], color=BLUE)
-        length.set_ylabel("tokens a response")
-        length.set_ylim(bottom=0)
-        ended.plot(steps, [row["ppo/end_rate"] for row in run.ppo_metrics], color=GREEN)
-        ended.set_ylabel("share that ended")
-        ended.set_ylim(0, 1.05)
-        ended.set_xlabel("PPO step")
-        selected = run.figures("ppo").get("selected_step")
-        if selected is not None:
-            for axes in (length, ended):
-                axes.axvline(selected, color=GREY, linestyle=":", linewidth=1.2)
-            length.annotate("kept", (selected, 0), (4, 4), textcoords="offset points", color=GREY)
+    selected = run.figures("ppo").get("selected_step")
+    panels = (
+        ("ppo/response_tokens", "tokens a response", BLUE, None),
+        ("ppo/end_rate", "share that ended", GREEN, 1.05),
+    )
+    with new_figure(4.7, 4.2) as figure:
+        both = figure.subplots(2, 1, sharex=True)
+        for axes, (key, label, color, top) in zip(both, panels, strict=True):
+            axes.plot(steps, [row[key] for row in run.ppo_metrics], color=color)
+            axes.set_ylabel(label)
+            axes.set_ylim(0, top)
+            if selected is not None:
+                axes.axvline(selected, color=GREY, linestyle=":", linewidth=1.2, label="kept")
+                axes.legend(loc="lower right")
+        both[1].set_xlabel("PPO step")
         return _svg(figure)
 
 
@@ -80,20 +78,19 @@ def draw_accuracy(run: Run) -> bytes | None:
     bars = [estimate for estimate in found if estimate is not None]
     if len(bars) < len(found):
         return None
-    with _figure(4.7, 2.6) as figure:
+    with new_figure(4.7, 2.6) as figure:
         axes = figure.subplots()
-        for place, (bar, color) in enumerate(zip(bars, (BLUE, GREY), strict=True)):
-            axes.bar(place, bar.mean, width=0.55, color=color)
-            axes.errorbar(
-                place, bar.mean, yerr=_errors([bar]), color="black", capsize=4, linestyle="none"
-            )
-            axes.annotate(
-                f"{bar.mean:.3f}", (place, 0), (0, 6), textcoords="offset points", ha="center"
-            ).set_color("white")
-        axes.axhline(0.5, color="black", linestyle="--", linewidth=1)
-        axes.annotate("chance", (1.6, 0.5), (0, 3), textcoords="offset points", ha="right")
-        axes.set_xlim(-0.6, 1.6)
-        axes.set_xticks([0, 1], ["reward model", "length alone"])
+        means = [bar.mean for bar in bars]
+        drawn = axes.bar(
+            ["reward model", "length alone"],
+            means,
+            width=0.55,
+            color=(BLUE, GREY),
+            yerr=error_bars(bars),
+            capsize=4,
+        )
+        axes.bar_label(drawn, fmt="%.3f", label_type="center", color="white")
+        _draw_chance(axes, 0.5, "chance")
         axes.set_ylim(0, 1)
         axes.set_ylabel("held-out pairs in order")
         return _svg(figure)
@@ -105,18 +102,21 @@ def draw_positions(run: Run) -> bytes | None:
     if table is None:
         return None
     shares, k = table["winner_share"], table["k"]
-    with _figure(4.7, 2.6) as figure:
+    with new_figure(4.7, 2.6) as figure:
         axes = figure.subplots()
         axes.bar(range(1, k + 1), shares, width=0.65, color=BLUE)
-        axes.axhline(1 / k, color="black", linestyle="--", linewidth=1)
-        axes.annotate(
-            "no preference", (k + 0.5, 1 / k), (0, 3), textcoords="offset points", ha="right"
-        )
+        _draw_chance(axes, 1 / k, "no preference")
         axes.set_ylim(0, max(*shares, 1 / k) * 1.25)
         axes.set_xticks(range(1, k + 1))
         axes.set_xlabel("place at which the judge was shown the answer")
         axes.set_ylabel("share of winners")
         return _svg(figure)
+
+
+def _draw_chance(axes: "Axes", height: float, label: str) -> None:
+    axes.axhline(height, color="black", linestyle="--", linewidth=1)
+    right = axes.get_yaxis_transform()
+    axes.annotate(label, (1, height), (0, 3), right, "offset points", ha="right")
 
 
 def widest_position_table(run: Run) -> dict[str, Any] | None:
@@ -125,100 +125,31 @@ def widest_position_table(run: Run) -> dict[str, Any] | None:
     return max(tables, key=lambda table: table["rankings"], default=None)
 
 
-def save_figure(run_folder: Path, path: Path) -> Path:
-    """Write the README's figure as PNG: gold by category, and gold against sequence KL.
-
-    Raises DataError when the run has no gold by category or none on validation prompts.
-    """
-    run = read_run(run_folder)
-    categories = run.figures("bench").get("by_category", {})
-    golds = {name: figures["gold"] for name, figures in categories.items() if "gold" in figures}
-    if not golds or not run.validations or run.validations[0].gold is None:
-        raise DataError(
-            f"{run_folder} has no gold by category, or none on validation prompts: the figure "
-            "needs a finished run whose prompts carry checks, such as that of `starling demo`."
-        )
-    with _figure(9.0, 3.6) as figure:
-        before_after, against_kl = figure.subplots(1, 2)
-        _draw_categories(before_after, golds)
-        _draw_against_kl(against_kl, run, "gold", "gold on validation prompts", BLUE)
-        against_kl.set_xlabel("sequence KL to the start, nats (numbers: PPO steps)")
-        against_kl.set_title("What KL buys, and costs", loc="left")
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=200, metadata={"Software": None})
-    write_atomically(path, [buffer.getvalue()])
-    return path
-
-
-def _draw_categories(axes: "Axes", golds: dict[str, Any]) -> None:
-    names = list(reversed(golds))
-    places = range(len(names))
-    for policy, color, marker, label in (
-        (BEFORE, GREY, "o", "before"),
-        (AFTER, BLUE, "s", "after PPO"),
-    ):
-        found = [as_estimate(golds[name][policy]) for name in names]
-        estimates = [estimate for estimate in found if estimate is not None]
-        axes.errorbar(
-            [estimate.mean for estimate in estimates],
-            places,
-            xerr=_errors(estimates),
-            color=color,
-            marker=marker,
-            linestyle="none",
-            capsize=3,
-            label=label,
-        )
-    axes.set_yticks(places, names)
-    axes.set_xlim(0, 1)
-    axes.set_xlabel("gold (0 to 1), sampled, 95 % intervals")
-    axes.set_title("Held-out questions", loc="left")
-    axes.legend(loc="lower left")
-
-
-def _draw_against_kl(axes: "Axes", run: Run, name: str, label: str, color: str) -> None:
+def draw_against_kl(axes: "Axes", run: Run, name: str, label: str, color: str) -> None:
     """One estimate of every validation against its KL, in the order of steps."""
-    named = [(point, getattr(point, name)) for point in run.validations]
-    axes.errorbar(
-        [point.kl.mean for point, _ in named],
-        [estimate.mean for _, estimate in named],
-        yerr=_errors([estimate for _, estimate in named]),
-        color=color,
-        marker="o",
-        elinewidth=0.8,
-        capsize=2,
-    )
-    for point, estimate in named:
-        axes.annotate(
-            str(point.step),
-            (point.kl.mean, estimate.mean),
-            (4, -11),
-            textcoords="offset points",
-            fontsize=7,
-            color=GREY,
-        )
+    kls = [point.kl.mean for point in run.validations]
+    estimates = [getattr(point, name) for point in run.validations]
+    means = [estimate.mean for estimate in estimates]
+    bars = {"yerr": error_bars(estimates), "capsize": 2, "elinewidth": 0.8}
+    axes.errorbar(kls, means, color=color, marker="o", **bars)
+    text: dict[str, Any] = {"textcoords": "offset points", "color": GREY}
+    for point, kl, mean in zip(run.validations, kls, means, strict=True):
+        axes.annotate(str(point.step), (kl, mean), (4, -11), fontsize=7, **text)
     kept = run.selected
     if kept is not None:
-        axes.plot(
-            [kept.kl.mean],
-            [getattr(kept, name).mean],
-            marker="*",
-            markersize=14,
-            color="black",
-            linestyle="none",
-            label=f"kept: step {kept.step}",
-            zorder=3,
-        )
+        star: dict[str, Any] = {"marker": "*", "markersize": 14, "linestyle": "none", "zorder": 3}
+        place = ([kept.kl.mean], [getattr(kept, name).mean])
+        axes.plot(*place, color="black", label=f"kept: step {kept.step}", **star)
         axes.legend(loc="best")
     target = run.figures("ppo").get("kl_target")
     if target is not None:
         axes.axvline(target, color=GREY, linestyle=":", linewidth=1.2)
         bottom = axes.get_xaxis_transform()
-        axes.annotate("target", (target, 0.02), (3, 0), bottom, "offset points", color=GREY)
+        axes.annotate("target", (target, 0.02), (3, 0), xycoords=bottom, **text)
     axes.set_ylabel(label)
 
 
-def _errors(estimates: Sequence[Estimate]) -> list[list[float]]:
+def error_bars(estimates: Sequence[Estimate]) -> list[list[float]]:
     """Distances from the means down and up; none where the interval is not known."""
     return [
         [e.mean - (e.mean if e.low is None else e.low) for e in estimates],
@@ -227,7 +158,7 @@ def _errors(estimates: Sequence[Estimate]) -> list[list[float]]:
 
 
 @contextmanager
-def _figure(width: float, height: float) -> "Iterator[Figure]":
+def new_figure(width: float, height: float) -> "Iterator[Figure]":
     """A figure in our style, whatever the user's own settings are."""
     import matplotlib.style
     from matplotlib.figure import Figure

@@ -6,7 +6,7 @@ Gold on validation prompts is graded here, after the fact: training and selectio
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from starling.base.errors import DataError
 from starling.base.estimate import Estimate, bootstrap_mean
@@ -21,16 +21,6 @@ BEFORE, AFTER = "sft", "ppo"
 
 
 @dataclass(frozen=True)
-class StageNote:
-    """A stage's sentence, with a path inside the run; `seconds` and `started` are the clock's."""
-
-    name: str
-    sentence: str | None
-    seconds: float | None = None
-    started: str | None = None
-
-
-@dataclass(frozen=True)
 class ValidationPoint:
     """One validated policy; `kl` in nats per sequence, `score` normalised, `gold` in 0..1."""
 
@@ -38,14 +28,6 @@ class ValidationPoint:
     kl: Estimate
     score: Estimate
     gold: Estimate | None
-    rating: Estimate | None
-
-
-class Example(NamedTuple):
-    """The rows of answers.jsonl that answer one question, before and after."""
-
-    before: dict[str, Any]
-    after: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -54,11 +36,13 @@ class Run:
 
     recipe: dict[str, Any]
     summary: dict[str, Any]
-    stages: tuple[StageNote, ...]
+    stages: tuple[dict[str, Any], ...]
+    """Name, sentence (with a path inside the run), and the clock's seconds and start."""
     ppo_metrics: tuple[dict[str, Any], ...]
     validations: tuple[ValidationPoint, ...]
     audit: dict[str, Any] | None
-    examples: tuple[Example, ...]
+    examples: tuple[tuple[dict[str, Any], dict[str, Any]], ...]
+    """Rows of answers.jsonl that answer one question, before and after."""
 
     def figures(self, stage: str) -> dict[str, Any]:
         """The stage's part of summary.json; {} when it has none."""
@@ -85,15 +69,13 @@ def read_run(folder: Path) -> Run:
             "`starling demo` makes one in runs/demo."
         )
     recipe = _recipe(folder / "recipe.yaml")
-    audit_path = folder / "feedback" / "audit.json"
-    summary_path = folder / "summary.json"
     return Run(
         recipe=recipe,
-        summary=read_json(summary_path) if summary_path.is_file() else {},
+        summary=_json(folder / "summary.json") or {},
         stages=tuple(_stage_note(folder, name) for name in STAGES),
         ppo_metrics=tuple(_rows(folder / "ppo" / "metrics.jsonl")),
         validations=_validations(folder / "ppo" / "validation", seed=recipe.get("seed", 0)),
-        audit=read_json(audit_path) if audit_path.is_file() else None,
+        audit=_json(folder / "feedback" / "audit.json"),
         examples=tuple(_examples(_rows(folder / "bench" / "answers.jsonl"))),
     )
 
@@ -104,20 +86,21 @@ def as_estimate(figure: Any) -> Estimate | None:
 
 
 def _recipe(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
     try:
-        value = parse_yaml(path.read_text(encoding="utf-8")).value
+        value = parse_yaml(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except ValueError as error:
         raise DataError(f"{path} is damaged: {error}. Run the recipe again.") from error
     return value if isinstance(value, dict) else {}
 
 
+def _json(path: Path) -> Any:
+    return read_json(path) if path.is_file() else None
+
+
 def _rows(path: Path) -> list[dict[str, Any]]:
-    if not path.is_file():
-        return []
     rows = []
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+    lines = path.read_bytes().splitlines() if path.is_file() else []
+    for number, line in enumerate(lines, start=1):
         try:
             rows.append(parse_json(line))
         except ValueError as error:
@@ -127,41 +110,39 @@ def _rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _stage_note(folder: Path, name: str) -> StageNote:
+def _stage_note(folder: Path, name: str) -> dict[str, Any]:
     manifest = read_manifest(folder / name)
     if manifest is None:
-        return StageNote(name, None)
+        return {"name": name, "sentence": None}
     # The path is the one of the machine that ran; the same run elsewhere must read the same.
     text, arrow, target = manifest["summary"]["sentence"].rpartition(" -> ")
-    sentence = f"{text} -> {name}/{Path(target).name}" if arrow else target
-    return StageNote(name, sentence, manifest["seconds"], manifest["started"])
+    sentence = f"{text}{arrow}{name}/{Path(target).name}" if arrow else target
+    clock = {key: manifest[key] for key in ("seconds", "started")}
+    return {"name": name, "sentence": sentence, **clock}
 
 
 def _validations(folder: Path, *, seed: int) -> tuple[ValidationPoint, ...]:
-    paths = sorted(folder.glob("step-*.jsonl"))
-    named = [(int(path.stem.removeprefix("step-")), _rows(path)) for path in paths]
-    return tuple(_point(step, rows, seed) for step, rows in named if rows)
+    named = [(path, _rows(path)) for path in sorted(folder.glob("step-*.jsonl"))]
+    return tuple(
+        _point(int(path.stem.removeprefix("step-")), rows, seed) for path, rows in named if rows
+    )
 
 
 def _point(step: int, rows: Sequence[dict[str, Any]], seed: int) -> ValidationPoint:
-    ratings = [row["rating"] for row in rows if row.get("rating") is not None]
-    golds = [_gold(row) for row in rows if row.get("checks") is not None]
-    num_unrated = len(rows) - len(ratings)
+    golds = [
+        grade(Checks.model_validate(row["checks"]), row["answer"], finished=row["finished"]).total
+        for row in rows
+        if row.get("checks") is not None
+    ]
     return ValidationPoint(
         step=step,
         kl=bootstrap_mean([row["kl"] for row in rows], seed=seed),
         score=bootstrap_mean([row["score"] for row in rows], seed=seed),
         gold=bootstrap_mean(golds, seed=seed) if len(golds) == len(rows) else None,
-        rating=bootstrap_mean(ratings, seed=seed, num_failed=num_unrated) if ratings else None,
     )
 
 
-def _gold(row: dict[str, Any]) -> float:
-    checks = Checks.model_validate(row["checks"])
-    return grade(checks, row["answer"], finished=row["finished"]).total
-
-
-def _examples(rows: Sequence[dict[str, Any]]) -> list[Example]:
+def _examples(rows: Sequence[dict[str, Any]]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
     """The first question of each category, as both policies answered it when sampled."""
     first: dict[str, dict[str, dict[str, Any]]] = {}
     for row in rows:
@@ -169,4 +150,4 @@ def _examples(rows: Sequence[dict[str, Any]]) -> list[Example]:
             sides = first.setdefault(row["category"], {})
             if all(side["id"] == row["id"] for side in sides.values()):
                 sides[row["policy"]] = row
-    return [Example(sides[BEFORE], sides[AFTER]) for sides in first.values() if len(sides) == 2]
+    return [(sides[BEFORE], sides[AFTER]) for sides in first.values() if len(sides) == 2]

@@ -1,27 +1,9 @@
-"""The sentences under the charts and at the end of the page, from the figures they speak of."""
+"""The sentences under the charts and at the top of the page, from the figures they speak of."""
 
 from collections.abc import Sequence
 
 from starling.report.figures import widest_position_table
 from starling.report.read import AFTER, BEFORE, Run, ValidationPoint, as_estimate
-
-LIMITS_OF_DEMO = (
-    "The demo's world is small and made for it: tasks from templates, answers of a few words, and "
-    "a policy of under a million parameters that had first learned a mixture of good and bad "
-    "answers. PPO chooses among what that policy already says; it teaches it no new facts. The "
-    "judge is a rule with noise, and gold is the same rule without it, so judge and gold agree "
-    "more than any real judge agrees with people. These figures show that the parts work together "
-    "on held-out prompts of the same kind. They do not show what the recipe gains on a real model, "
-    "with real prompts and a real judge; and their intervals cover the choice of prompts, not of "
-    "the seed: run another seed to see that."
-)
-
-LIMITS_OF_RUN = (
-    "Every judgement here is one judge's opinion, and the reward model learned from the same kind "
-    "of opinion: a policy may please the judge without being better for people. The intervals "
-    "cover the choice of prompts, not of the seed, nor what another judge would say. Read the "
-    "answers before trusting the averages."
-)
 
 
 def explain_overoptimisation(run: Run) -> str:
@@ -44,28 +26,29 @@ def _explain_gold(points: Sequence[ValidationPoint]) -> str:
     best = golds.index(max(golds))
     seen = f"Gold, which neither training nor selection saw, is highest at step {points[best].step}"
     seen += f" ({golds[best]:.3f})"
-    later = points[best + 1 :]
+    score = points[best].score.mean
+    later = [p for p in points[best + 1 :] if p.score.mean > score]
     if not later:
-        return f"{seen}, the last: no over-optimisation is seen in this run."
+        return f"{seen}; the reward-model score does not rise after it: no over-optimisation."
     highest = max(later, key=lambda point: point.score.mean)
-    if highest.score.mean > points[best].score.mean:
-        return (
-            f"{seen}. After it the reward-model score still rises, from "
-            f"{points[best].score.mean:.2f} to {highest.score.mean:.2f} at step {highest.step}, "
-            f"where gold is {golds[points.index(highest)]:.3f}: over-optimisation, as far as the "
-            "intervals tell the two apart."
-        )
-    return f"{seen}; after it the reward-model score does not rise further either."
+    return (
+        f"{seen}. After it the reward-model score still rises, from {score:.2f} to "
+        f"{highest.score.mean:.2f} at step {highest.step}, where gold is "
+        f"{golds[points.index(highest)]:.3f}: over-optimisation, as far as the intervals tell the "
+        "two apart."
+    )
 
 
 def explain_length(run: Run) -> str:
     """Length and end rate at the first and the last step."""
-    first, last = run.ppo_metrics[0], run.ppo_metrics[-1]
+    seen = [
+        f"{row['ppo/response_tokens']:.1f} tokens at step {row['step']}, where "
+        f"{row['ppo/end_rate']:.1%} ended by themselves"
+        for row in (run.ppo_metrics[0], run.ppo_metrics[-1])
+    ]
     return (
-        f"Responses of the rollouts: {first['ppo/response_tokens']:.1f} tokens at step "
-        f"{first['step']}, {last['ppo/response_tokens']:.1f} at step {last['step']}; "
-        f"{first['ppo/end_rate']:.1%} and {last['ppo/end_rate']:.1%} of them ended by themselves. "
-        "A score that rises only with length would show here."
+        f"Responses of the rollouts: {'; '.join(seen)}. A score that rises only with length would "
+        "show here."
     )
 
 
@@ -97,13 +80,9 @@ def explain_positions(run: Run) -> str:
 def explain_gain(run: Run) -> str | None:
     """The page's first sentence: what the bench says changed; None without a bench."""
     bench = run.figures("bench")
-    named = [
-        ("gold, sampled,", "gold"),
-        ("gold, greedy,", "gold_greedy"),
-        ("judge's score", "score"),
-    ]
     parts = []
-    for label, name in named:
+    named = {"gold": "gold, sampled,", "gold_greedy": "gold, greedy,", "score": "judge's score"}
+    for name, label in named.items():
         before, after = (as_estimate(bench.get(name, {}).get(side)) for side in (BEFORE, AFTER))
         if before is not None and after is not None:
             parts.append(f"{label} {before.mean:.2f} before and {after.mean:.2f} after")

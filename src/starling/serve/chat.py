@@ -5,11 +5,11 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from starling.base.context import choose_device
 from starling.base.errors import DataError, InputError
 from starling.data.records import Message
-from starling.models.causal_lm import load_language_model
 from starling.models.interfaces import Request, Sampling
-from starling.models.local import Local, trim_turns
+from starling.models.local import load_local, trim_turns
 from starling.models.torch_engine import TorchEngine
 
 HELP = "Type a message; /retry asks again, /new forgets the conversation, /quit leaves."
@@ -19,14 +19,14 @@ NUM_SUGGESTIONS = 3
 class ChatSession:
     """One conversation with a local model."""
 
-    def __init__(self, model: str, *, device: str, max_tokens: int, temperature: float) -> None:
-        loaded = load_language_model(model, device=device)
-        codec = loaded.codec
-        self._engine = TorchEngine(
-            loaded.model, stop_ids=codec.stop_ids, pad_id=codec.tokenizer.pad_id
-        )
-        self._local = Local(self._engine, codec, identity=model)
-        config = loaded.model.config
+    def __init__(
+        self, model: str, *, device: str | None, max_tokens: int, temperature: float
+    ) -> None:
+        self._local = load_local(model, choose_device(device))
+        engine = self._local.engine
+        assert isinstance(engine, TorchEngine)
+        self._engine = engine
+        config = engine.model.config
         self._context = getattr(config, "max_position_embeddings", None) or 4096
         self._max_tokens = min(max_tokens, self._context // 2)
         self._temperature = temperature
@@ -82,23 +82,18 @@ def resolve_model(reference: str) -> tuple[str, list[str]]:
 def _suggestions(run: Path) -> list[str]:
     """The first questions that the bench asked: nothing was trained on them."""
     path = run / "bench" / "answers.jsonl"
-    if not path.is_file():
-        return []
     found: dict[str, str] = {}
-    with path.open(encoding="utf-8") as lines:
-        for line in lines:
-            row = json.loads(line)
-            if row["turn"] == 1:
-                found.setdefault(row["category"], row["messages"][-1]["content"])
-            if len(found) == NUM_SUGGESTIONS:
-                break
-    return list(found.values())
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        row = json.loads(line)
+        if row["turn"] == 1:
+            found.setdefault(row["category"], row["messages"][-1]["content"])
+    return list(found.values())[:NUM_SUGGESTIONS]
 
 
 def chat(
     model: str,
     *,
-    device: str = "cpu",
+    device: str | None = "cpu",
     max_tokens: int = 256,
     temperature: float = 0.0,
     once: str | None = None,
@@ -123,7 +118,12 @@ def chat(
     while (line := _read(interactive)) is not None:
         if line == "/quit":
             return
-        _handle(session, line)
+        try:
+            _handle(session, line)
+        except DataError as error:  # longer than the context
+            if not interactive:
+                raise
+            _note(str(error))
 
 
 def _handle(session: ChatSession, line: str) -> None:
@@ -134,10 +134,10 @@ def _handle(session: ChatSession, line: str) -> None:
         _note("A new conversation.")
     elif line == "/retry":
         typed = session.forget_last()
-        if typed is None:
-            _note("There is nothing to ask again.")
-        else:
+        if typed is not None:
             _say(session, typed)
+        else:
+            _note("There is nothing to ask again.")
     elif line.startswith("/"):
         _note(f"unknown command {line.split()[0]}. {HELP}")
     elif line:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from starling.base.section import Section
 
@@ -63,6 +63,16 @@ class SftSection(Section):
     """Also save the model after these steps, as `model-<step>/` (weaker candidates)."""
     checkpoint_every: int = Field(100, ge=1)
     """Steps between checkpoints."""
+
+    @model_validator(mode="after")
+    def _validate(self) -> "SftSection":
+        if (self.base is None) == (self.architecture is None):
+            found = "neither" if self.base is None else "both"
+            raise ValueError(f"base: found {found} of base and architecture; name exactly one")
+        for step in self.keep:
+            if not 1 <= step <= self.steps:
+                raise ValueError(f"keep: found {step}; allowed: 1 to sft.steps, {self.steps}")
+        return self
 
 
 @dataclass(frozen=True)
