@@ -97,7 +97,7 @@ def finished(tmp_path_factory):
     )
     section = BenchSection(questions="questions.jsonl", max_tokens=12)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bench, "load_local", lambda reference, _device: scripts[reference])
+        patch.setattr(bench, "load_local", lambda reference, _device, **_: scripts[reference])
         summary = bench.run(section, inputs, folder, single_process_context(1, seed=0))
     rows = [json.loads(line) for line in (folder / "answers.jsonl").open()]
     return folder, summary, scripts, rows

@@ -28,8 +28,9 @@ ppo:
   rollout_batch: 16
   microbatch: 16
   max_response_tokens: 40
+  missing_end_penalty: null  # an opening goes on for longer
   ppo_epochs: 2
-  lr: 3e-4
+  lr: 1e-4
   kl_coef: 0.05
   kl_target: 2
   kl_horizon: 400

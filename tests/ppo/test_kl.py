@@ -107,7 +107,7 @@ def test_a_controller_that_cannot_work_is_refused(key, value):
 
 def test_a_horizon_that_could_take_the_coefficient_to_zero_is_refused():
     settings = {"rollout_batch": 128, "samples_per_prompt": 4, "kl_target": 6.0}
-    with pytest.raises(ValidationError, match="kl_horizon 102 is too short for 512 episodes"):
+    with pytest.raises(ValidationError, match="kl_horizon: 102 is too short for 512 episodes"):
         PpoSection.model_validate(settings | {"kl_horizon": 102})
     assert PpoSection.model_validate(settings | {"kl_horizon": 103}).kl_horizon == 103
     # Without a target nothing is multiplied.
@@ -115,5 +115,5 @@ def test_a_horizon_that_could_take_the_coefficient_to_zero_is_refused():
 
 
 def test_minibatches_that_do_not_divide_the_episodes_are_refused():
-    with pytest.raises(ValidationError, match="minibatches 3 does not divide 8 episodes"):
+    with pytest.raises(ValidationError, match="minibatches: 3 does not divide 8 episodes"):
         PpoSection.model_validate({"rollout_batch": 4, "samples_per_prompt": 2, "minibatches": 3})

@@ -6,11 +6,12 @@ import random
 
 import pytest
 import torch
+from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from starling.base.context import single_process_context
-from starling.base.errors import DataError, RecipeError
+from starling.base.errors import DataError
 from starling.data.records import Message
 from starling.models.interfaces import Request, Sampling
 from starling.models.local import load_local
@@ -41,8 +42,9 @@ def written(path, conversations):
 def tune(folder, conversations, base=None, **settings):
     """Run the stage in `folder` and return its summary and metrics rows."""
     path = written(folder / "conversations.jsonl", conversations)
-    section = SftSection.model_validate({"conversations": "here", "warmup_steps": 0} | settings)
     base = None if base is None else str(base)
+    named = {"conversations": "here", "warmup_steps": 0, "base": base}
+    section = SftSection.model_validate(named | settings)
     summary = run(section, SftInputs(path, base), folder / "out", single_process_context(1, seed=0))
     rows = [json.loads(line) for line in (folder / "out" / "metrics.jsonl").open()]
     return summary, rows
@@ -172,7 +174,7 @@ def test_conversations_that_are_all_too_long_are_refused(tmp_path):
 
 
 def test_a_stage_without_a_base_and_without_an_architecture_is_refused(tmp_path):
-    with pytest.raises(RecipeError, match="set base .* or architecture"):
+    with pytest.raises(ValidationError, match="base: found neither of base and architecture"):
         tune(tmp_path, [["a", "b"]], steps=1)
 
 

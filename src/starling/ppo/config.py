@@ -69,8 +69,8 @@ class PpoSection(Section):
     """Target KL to the reference in nats per sequence; absent: `kl_coef` stays fixed."""
     kl_horizon: int = Field(10_000, ge=1)
     """Episodes over which the controller reacts (Ziegler 2019: 10000)."""
-    missing_end_penalty: float = -1.0
-    """Replaces the score of a response that was cut at its length (Ziegler 2019: -1)."""
+    missing_end_penalty: float | None = -1.0
+    """Replaces the score of a response that was cut (Ziegler 2019: -1); null: scored as it is."""
     reward_clip: float | None = Field(None, gt=0)
     """Clip normalised scores to this magnitude; absent: not clipped."""
     critic: Literal["shared", "separate"] = "shared"

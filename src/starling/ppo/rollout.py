@@ -109,23 +109,24 @@ def score_responses(
     reward_model: RewardModel,
     samples: Samples,
     *,
-    missing_end_penalty: float,
+    missing_end_penalty: float | None,
     reward_clip: float | None,
 ) -> Float[Tensor, " B"]:
     """Normalised scores of the responses, re-rendered from text in the reward model's own format.
 
     A response that was cut at its length gets `missing_end_penalty` instead of a score (Ziegler et
-    al. 2019).  Clipping comes after normalisation.
+    al. 2019), where there is one.  Clipping comes after normalisation.
     """
-    items = [
-        Scored((*prompt.messages, Message(role="assistant", content=text)), prompt.mode)
-        for prompt, text in zip(samples.prompts, samples.texts, strict=True)
-    ]
-    scores = reward_model.score(items)
+    rows = zip(samples.prompts, samples.texts, samples.is_finished, strict=True)
+    scores = reward_model.score(
+        Scored((*prompt.messages, Message(role="assistant", content=text)), prompt.mode, finished)
+        for prompt, text, finished in rows
+    )
     if reward_clip is not None:
         scores = scores.clamp(-reward_clip, reward_clip)
-    is_finished = torch.tensor(samples.is_finished)
-    scores = torch.where(is_finished, scores, torch.tensor(missing_end_penalty))
+    if missing_end_penalty is not None:
+        is_finished = torch.tensor(samples.is_finished)
+        scores = torch.where(is_finished, scores, torch.tensor(missing_end_penalty))
     return scores.to(samples.token_ids.device)
 
 

@@ -83,7 +83,7 @@ def _suggestions(run: Path) -> list[str]:
     """The first questions that the bench asked: nothing was trained on them."""
     path = run / "bench" / "answers.jsonl"
     found: dict[str, str] = {}
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+    for line in path.read_bytes().splitlines() if path.is_file() else ():
         row = json.loads(line)
         if row["turn"] == 1:
             found.setdefault(row["category"], row["messages"][-1]["content"])
