@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from starling.base.context import Context
-from starling.base.errors import DataError, RecipeError
+from starling.base.errors import DataError
 from starling.base.jsonl import read_records
 from starling.base.masked import masked_sum
 from starling.base.progress import Progress
@@ -133,8 +133,7 @@ def _starting_model(
         return load_language_model(
             inputs.base, device=context.device, chat_format=section.chat_format
         )
-    if section.architecture is None:
-        raise RecipeError("sft: set base (a model to start from) or architecture (a new one)")
+    assert section.architecture is not None, "the section names one of base and architecture"
     chat_format = section.chat_format or "openchat"
     # The format's own words are in what the vocabulary is trained on, so that they stay short.
     texts = [written_text(chat_format, m) for row in conversations for m in row.messages]
