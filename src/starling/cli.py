@@ -6,7 +6,9 @@ traceback; 2 for something a user can fix; 130 or 143 when stopped.
 
 import difflib
 import logging
+import os
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -43,6 +45,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with _messages():
         try:
             _dispatch(list(sys.argv[1:] if arguments is None else arguments))
+            sys.stdout.flush()
+        except BrokenPipeError:
+            # The reader left (`| head`): nothing more can be said, at exit neither.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            return 128 + signal.SIGPIPE
         except Stopped as error:
             print("Stopped. The same command goes on from here.", file=sys.stderr)
             return error.exit_code

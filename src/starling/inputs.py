@@ -33,6 +33,8 @@ class Paths:
     recipe: Path
     pending: Collection[str] = ()
     """Stages that will run first: their outputs may be missing as yet."""
+    sft_models: Collection[str] = ("model",)
+    """The models that the sft stage will make."""
 
     def file(self, key: str, value: str) -> Path:
         """The file that the recipe's `key` names. Raises DataError when there is none."""
@@ -53,6 +55,12 @@ class Paths:
     def _find(self, key: str, value: str, is_there: Callable[[Path], bool]) -> Path | None:
         stage = value.partition("/")[0]
         if stage in self.pending:
+            name = value.partition("/")[2]
+            if stage == "sft" and name not in self.sft_models:
+                raise DataError(
+                    f"{key}: the sft stage will not make {value!r}; it makes "
+                    f"{', '.join(f'sft/{model}' for model in self.sft_models)} (sft.keep)"
+                )
             return self.run / value
         if is_there(self.run / value):
             if stage in STAGES and not (self.run / stage / MANIFEST).exists():

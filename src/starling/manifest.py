@@ -63,7 +63,8 @@ def state_of(folder: Path, key: str) -> State:
                 return State.DAMAGED
         return State.FRESH
     if (folder / MARKER).exists():
-        is_ours = read_json(folder / MARKER)["key"] == key
+        marker = read_json(folder / MARKER)
+        is_ours = isinstance(marker, dict) and marker.get("key") == key
         return State.INTERRUPTED if is_ours else State.STALE
     found = _files(folder)
     if found:
@@ -86,19 +87,54 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 
 
 def begin(folder: Path, key: str) -> None:
-    """Claim the folder for a run under this key, and remove what an earlier one made there.
+    """Claim the folder for a run under this key; what is finished is set aside until `finish`.
 
     The claim comes first, so that a kill in between leaves a folder that is known to be ours.
     Files that nothing of ours made stay, and are not counted as outputs later.
     """
+    is_finished = (folder / MANIFEST).exists()
+    aside = _aside(folder)
+    if is_finished:
+        shutil.rmtree(aside, ignore_errors=True)
     kept = _not_ours(folder)
     write_json(folder / MARKER, {"key": key, "kept": kept})
     if kept:
         logger.warning("%s also holds %s, which stays as it is", folder, some(kept, 3))
-    for name in set(_files(folder)) - set(kept):
-        (folder / name).unlink(missing_ok=True)
-    (folder / MANIFEST).unlink(missing_ok=True)
+    for name in sorted(set(_files(folder)) - set(kept)):
+        if is_finished:
+            _move(folder / name, aside / name)
+        else:
+            (folder / name).unlink(missing_ok=True)
+    if is_finished:
+        _move(folder / MANIFEST, aside / MANIFEST)
     _remove_empty_folders(folder)
+
+
+def restore(folder: Path) -> None:
+    """Put back the finished stage that `begin` set aside, after an attempt that did not start.
+
+    Bad input must not cost a trained model.  An attempt that has checkpoints is left to be resumed.
+    """
+    aside = _aside(folder)
+    if not (aside / MANIFEST).exists() or any((folder / CHECKPOINTS).glob("*")):
+        return
+    kept = read_json(folder / MARKER)["kept"]
+    for name in set(_files(folder)) - set(kept) - {"quarantine.jsonl"}:
+        (folder / name).unlink()
+    for name in [*_files(aside), MANIFEST]:
+        _move(aside / name, folder / name)
+    shutil.rmtree(aside)
+    tidy(folder)
+    logger.info("%s is as it was", folder)
+
+
+def _aside(folder: Path) -> Path:
+    return folder.with_name(f".previous-{folder.name}")
+
+
+def _move(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    source.replace(target)
 
 
 def finish(folder: Path, origin: Mapping[str, Any], summary: Summary, started: datetime) -> None:
@@ -126,6 +162,7 @@ def finish(folder: Path, origin: Mapping[str, Any], summary: Summary, started: d
 
 def tidy(folder: Path) -> None:
     """Remove what only a running stage needs; a kill may have come between manifest and this."""
+    shutil.rmtree(_aside(folder), ignore_errors=True)
     (folder / MARKER).unlink(missing_ok=True)
     if (folder / CHECKPOINTS).exists():
         shutil.rmtree(folder / CHECKPOINTS)

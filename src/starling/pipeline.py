@@ -29,7 +29,7 @@ from starling.inputs import (
     resolve_reward,
     resolve_sft,
 )
-from starling.manifest import State, begin, finish, read_manifest, state_of, tidy
+from starling.manifest import State, begin, finish, read_manifest, restore, state_of, tidy
 from starling.recipe import Recipe, RunSection, dump_recipe
 
 logger = logging.getLogger(__name__)
@@ -89,7 +89,9 @@ def run_pipeline(
         names = [stage.name for stage in stages]
         paths = Paths(out.resolve(), recipe_folder.resolve())
         for stage in stages:
-            pending = replace(paths, pending=names)
+            kept = () if recipe.sft is None else recipe.sft.keep
+            models = ("model", *(f"model-{step}" for step in kept))
+            pending = replace(paths, pending=names, sft_models=models)
             stage.resolve(getattr(recipe, stage.name), recipe, pending)
         context = None
         for stage in stages:
@@ -147,7 +149,11 @@ def _run(job: Job, state: State, context: Context) -> None:
         begin(job.out, job.key)
     with context.stop:
         module = importlib.import_module(job.stage.module)
-        summary = module.run(job.section, job.inputs, job.out, context)
+        try:
+            summary = module.run(job.section, job.inputs, job.out, context)
+        except InputError:
+            restore(job.out)
+            raise
         origin = {"stage": name, "format_version": job.stage.format_version, "key": job.key}
         finish(job.out, origin | {"inputs": job.hashes}, summary, started)
         logger.info("%s: %s", name, summary.sentence)

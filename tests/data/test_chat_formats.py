@@ -234,12 +234,18 @@ def test_a_tokenizer_without_the_formats_markers_is_refused():
         build_codec("chatml", tiny_tokenizer(), [])
 
 
-@pytest.mark.parametrize("pad", ["<|end_of_turn|>", "</s>"])
-def test_a_pad_token_that_ends_answers_is_refused(pad):
+def test_a_pad_token_that_ends_answers_is_refused():
     tokenizer = tiny_tokenizer()
-    tokenizer.saved.pad_token = pad
+    tokenizer.saved.pad_token = "<|end_of_turn|>"
     with pytest.raises(DataError, match="is also an end marker"):
         build_codec("openchat", tokenizer, [2])
+
+
+def test_a_pad_token_that_only_the_models_own_stops_name_is_fine():
+    # Published chat models list it there: it never ends a turn of the format.
+    tokenizer = tiny_tokenizer()
+    tokenizer.saved.pad_token = "</s>"
+    assert build_codec("openchat", tokenizer, [2]).end_id == END
 
 
 def test_a_plain_model_without_an_end_of_sequence_is_refused():

@@ -109,3 +109,35 @@ def test_a_folder_of_another_seed_is_refused_and_kept(tmp_path, capsys):
     error = refused(capsys, "sft", recipe, "--out", tmp_path / "run", "--seed", "1")
     assert "seed 0" in error
     assert (tmp_path / "run" / "sft" / "model" / "model.safetensors").read_bytes() == before
+
+
+def test_bad_input_to_a_finished_stage_leaves_its_result(tmp_path, capsys):
+    recipe = write_recipe(tmp_path)
+    assert starling("sft", recipe, "--out", tmp_path / "run") == 0
+    stage = tmp_path / "run" / "sft"
+    before = {path: path.read_bytes() for path in stage.rglob("*") if path.is_file()}
+    conversations = tmp_path / "data" / "sft.jsonl"
+    whole = conversations.read_bytes()
+    conversations.write_bytes(whole + b"not a conversation\n")
+    capsys.readouterr()
+    assert "line 65" in refused(capsys, "sft", recipe, "--out", tmp_path / "run")
+    assert {path: path.read_bytes() for path in before} == before
+    conversations.write_bytes(whole)
+    assert starling("sft", recipe, "--out", tmp_path / "run") == 0
+    assert "nothing changed" in capsys.readouterr().err
+
+
+def test_a_candidate_that_the_sft_stage_will_not_make_is_refused_before_it_runs(tmp_path, capsys):
+    recipe = write_recipe(tmp_path, RECIPE.replace("sft/model-4", "sft/model-5"))
+    error = refused(capsys, "run", recipe, "--out", tmp_path / "run")
+    assert "sft/model-4" in error
+    assert not (tmp_path / "run" / "sft").exists()
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"), [("--ppo.kl-coef", "0"), ("--ppo.kl-horizon", "1"), ("--ppo.steps", "0")]
+)
+def test_an_impossible_value_is_refused_with_its_path(setting, value, tmp_path, capsys):
+    recipe = write_recipe(tmp_path)
+    error = refused(capsys, "ppo", recipe, "--out", tmp_path / "run", setting, value)
+    assert setting.removeprefix("--").replace("-", "_") in error

@@ -7,7 +7,7 @@ import shutil
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from starling.base.errors import DataError, InputError, ModelError
+from starling.base.errors import DataError, InputError
 from starling.models.torch_engine import TorchEngine
 from starling.serve import chat as chat_module
 from starling.serve.chat import ChatSession, chat, resolve_model
@@ -220,7 +220,7 @@ def test_a_folder_that_holds_no_model_is_refused_with_what_to_do(tmp_path):
 
 
 def test_a_missing_folder_is_refused(tmp_path):
-    with pytest.raises(ModelError, match="absent"):
+    with pytest.raises(DataError, match="absent"):
         chat(str(tmp_path / "absent"), once="hi")
 
 

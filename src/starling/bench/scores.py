@@ -99,8 +99,9 @@ def win_rate(
 ) -> tuple[Figures, list[Figures]]:
     """Share of (question, turn) that the judge gives to the policy; equal answers are half a win.
 
-    Each turn is judged after the baseline's conversation up to it; who is shown first is drawn by
-    the judge's seed.  Returns the estimate and one row per comparison.
+    Each turn is judged after the baseline's conversation up to it, so a second turn that leans on
+    the first favours the baseline.  Who is shown first is drawn by the judge's seed.  Returns the
+    estimate and one row per comparison.
     """
     old, new = (
         {(a.question, a.turn): a for a in select(answers, policy)} for policy in (BASELINE, POLICY)

@@ -192,7 +192,7 @@ def build_codec(name: str, tokenizer: TextTokenizer, stop_ids: Iterable[int]) ->
         raise DataError(f"chat format {name!r} needs a model with an end-of-sequence token")
     else:
         end = stops[0]
-    if tokenizer.pad_id in stops:
+    if tokenizer.pad_id == end:
         raise DataError(
             f"the pad token ({tokenizer.pad_id}) is also an end marker, so ends would be masked as "
             "padding; give the tokenizer another pad token"

@@ -44,7 +44,10 @@ class TextTokenizer:
 
     @property
     def pad_id(self) -> int:
+        """The pad token's id; OpenChat's published tokenizer has the token and does not name it."""
         token_id: Any = self.saved.pad_token_id
+        if token_id is None:
+            token_id = self.marker_id("<|pad_0|>")
         if token_id is None:
             raise ModelError("the tokenizer has no pad token; add one that is not an end marker")
         return token_id
@@ -69,7 +72,7 @@ def load_tokenizer(reference: str) -> TextTokenizer:
     """Load a folder's or hub id's fast tokenizer, never remote code; ModelError without one."""
     try:
         saved = AutoTokenizer.from_pretrained(reference, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # tokenizers, in Rust, raises nothing narrower for a damaged file
         raise ModelError(f"{reference}: no tokenizer could be loaded ({error})") from error
     if not isinstance(saved, PreTrainedTokenizerFast):
         raise ModelError(f"{reference}: the tokenizer has no tokenizer.json; convert it first")

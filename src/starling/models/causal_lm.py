@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -168,17 +169,30 @@ def load_language_model(
     tokens show.  Raises ModelError with what to do.
     """
     config = load_config(reference)
+    check_plain_logits(reference, config)
     model = load_weights(AutoModelForCausalLM, reference, config)
     codec = load_codec(reference, config, chat_format)
     check_vocabulary(reference, model, codec)
     return LanguageModel(model.to(device).eval(), codec)
 
 
+def check_plain_logits(reference: str, config: PretrainedConfig) -> None:
+    """Refuse models that scale or cap their logits after the head, which `token_logprobs` reads."""
+    plain = {"final_logit_softcapping": None, "logits_scaling": 1.0, "logit_scale": 1.0}
+    for key, value in plain.items():
+        found = getattr(config, key, value)
+        if found not in (None, value):
+            raise ModelError(
+                f"{reference}: {config.model_type} changes its logits after the head ({key} is "
+                f"{found}), which is not supported yet; use another model"
+            )
+
+
 def load_config(reference: str) -> PretrainedConfig:
     """Read a model's config.json; raises ModelError when it is missing or of an unknown kind."""
     try:
         return AutoConfig.from_pretrained(reference, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
         raise ModelError(f"{reference}: no usable config.json ({error})") from error
 
 

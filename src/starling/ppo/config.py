@@ -87,6 +87,8 @@ class PpoSection(Section):
         episodes = self.rollout_batch * self.samples_per_prompt
         if episodes % self.minibatches:
             raise ValueError(f"minibatches: {self.minibatches} does not divide {episodes} episodes")
+        if self.kl_target is not None and self.kl_coef == 0:
+            raise ValueError("kl_coef: 0 can never grow towards kl_target; set it above 0")
         if self.kl_target is not None and 0.2 * episodes / self.kl_horizon >= 1:
             raise ValueError(
                 f"kl_horizon: {self.kl_horizon} is too short for {episodes} episodes an iteration: "

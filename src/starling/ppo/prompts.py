@@ -43,6 +43,10 @@ def load_prompts(
             f"{inputs.prompts}: {len(training)} training and {len(held_out)} validation prompts "
             "are left; give more prompts, or lower ppo.validation_prompts"
         )
+    ids = [prompt.id for prompt in held_out]
+    twice = next((name for name in ids if ids.count(name) > 1), None)
+    if twice is not None:
+        raise DataError(f"two validation prompts share the id {twice!r}; give each its own")
     return training, tuple(held_out)
 
 

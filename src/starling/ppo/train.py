@@ -258,12 +258,12 @@ def _finish(section: PpoSection, start: LanguageModel, selection: Selection, out
         "selected_step": chosen.step,
         "validations": [validation.as_dict() for validation in selection.validations],
     }
-    ratings = [v.rating for v in (selection.validations[0], chosen)]
-    judged = (
-        f"; the judge's rating went from {ratings[0]:.2f} to {ratings[1]:.2f}"
-        if None not in ratings
-        else ""
-    )
+    before, after = selection.validations[0].rating, chosen.rating
+    judged = ""
+    if before is not None and after is not None:
+        judged = f"; the judge's rating went from {before:.2f} to {after:.2f}"
+        if after <= before:
+            logger.warning("the judge rates the kept policy no higher than its start")
     sentence = (
         f"Trained the policy for {section.steps} iterations and kept step {chosen.step}, "
         f"{chosen.kl['mean']:.1f} nats from its start{judged} -> {out / 'model'}"

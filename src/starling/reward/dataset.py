@@ -64,12 +64,18 @@ def encode_rankings(
         )
     apart = {prompts[index] for index in order[:num_held_out]}
     keys = [_prompt_key(ranking) for ranking in rankings]
-    return RankedRows(
+    rows = RankedRows(
         train=[row for row, key in zip(encoded, keys, strict=True) if key not in apart],
         held_out=[row for row, key in zip(encoded, keys, strict=True) if key in apart],
         num_cut=num_cut,
         num_answers=num_answers,
     )
+    if all(len(set(row.ranks)) == 1 for row in rows.held_out):
+        raise DataError(
+            f"none of the {len(rows.held_out)} held-out rankings prefers one answer to another, so "
+            "nothing can be measured; give more rankings or raise reward.held_out"
+        )
+    return rows
 
 
 def _prompt_key(ranking: RankingRow) -> tuple[Message, ...]:

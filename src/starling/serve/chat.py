@@ -1,12 +1,14 @@
 """Chat in the terminal: answers stream as they are decoded; history is trimmed by whole turns."""
 
 import json
+import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 from starling.base.context import choose_device
 from starling.base.errors import DataError, InputError
+from starling.base.files import neighbours
 from starling.data.records import Message
 from starling.models.interfaces import Request, Sampling
 from starling.models.local import load_local, trim_turns
@@ -35,6 +37,8 @@ class ChatSession:
 
     def reply(self, text: str) -> Iterator[str]:
         """Yield the answer to `text` piece by piece, and remember both; no character is cut."""
+        # Bytes that are no UTF-8 arrive on a pipe as lone surrogates, which no tokenizer takes.
+        text = text.encode("utf-8", "replace").decode()
         asked = (*self.messages, Message(role="user", content=text))
         codec = self._local.codec
         kept = trim_turns(asked, codec, limit=self._context - self._max_tokens)
@@ -68,6 +72,8 @@ class ChatSession:
 def resolve_model(reference: str) -> tuple[str, list[str]]:
     """The model to chat with, and prompts to offer: a run folder's newest model, or `reference`."""
     run = Path(reference)
+    if not run.exists() and run.parent != Path() and run.parent.is_dir():
+        raise DataError(f"there is no folder {run}. {neighbours(run)}")
     if not run.is_dir() or (run / "config.json").is_file():
         return reference, []
     for stage in ("ppo", "sft"):
@@ -85,7 +91,7 @@ def _suggestions(run: Path) -> list[str]:
     found: dict[str, str] = {}
     for line in path.read_bytes().splitlines() if path.is_file() else ():
         row = json.loads(line)
-        if row["turn"] == 1:
+        if isinstance(row, dict) and row.get("turn") == 1:
             found.setdefault(row["category"], row["messages"][-1]["content"])
     return list(found.values())[:NUM_SUGGESTIONS]
 
@@ -103,8 +109,10 @@ def chat(
     What the model says goes to stdout, everything else to stderr.  On a pipe, each line is a
     message and nothing waits.
     """
-    if temperature < 0:
+    if not 0 <= temperature < math.inf:
         raise InputError(f"the temperature is {temperature}; it must be 0 (greedy) or above")
+    if max_tokens < 1:
+        raise InputError(f"max-tokens is {max_tokens}; it must be at least 1")
     reference, suggestions = resolve_model(model)
     session = ChatSession(reference, device=device, max_tokens=max_tokens, temperature=temperature)
     if once is not None:
