@@ -283,6 +283,12 @@ def test_what_is_no_run_folder_or_damaged_is_refused_by_name(run: Path, tmp_path
         write_report(run)
 
 
+def test_json_of_another_shape_is_refused_without_a_traceback(run: Path) -> None:
+    write_rows(run / "bench" / "answers.jsonl", [{"a": 1}])
+    with pytest.raises(DataError, match="not as a run writes it"):
+        write_report(run)
+
+
 def draw_readme_figure(run: Path, path: Path) -> subprocess.CompletedProcess[str]:
     tool = Path(__file__).resolve().parents[2] / "tools" / "readme_figure.py"
     command = [sys.executable, str(tool), str(run), str(path)]

@@ -12,6 +12,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 from starling import __version__
+from starling.base.errors import DataError
 from starling.base.files import write_atomically
 from starling.report import figures, words
 from starling.report.read import AFTER, BEFORE, Run, as_estimate, read_run
@@ -50,7 +51,19 @@ CHARTS = {
 
 def write_report(run_folder: Path) -> Path:
     """Write `report.html` into the run folder; DataError for one without a run, or damaged."""
-    run = read_run(run_folder)
+    try:
+        page = _render(read_run(run_folder))
+    except (KeyError, TypeError, AttributeError) as error:
+        # JSON of another shape than a run writes: edited by hand, or of another version.
+        raise DataError(
+            f"a file in {run_folder} is not as a run writes it ({error!r}); run the recipe again"
+        ) from error
+    path = run_folder / "report.html"
+    write_atomically(path, [page.encode()])
+    return path
+
+
+def _render(run: Run) -> str:
     environment = Environment(
         autoescape=True,
         undefined=StrictUndefined,
@@ -59,7 +72,7 @@ def write_report(run_folder: Path) -> Path:
         keep_trailing_newline=True,
     )
     source = (resources.files("starling.report") / "page.html.j2").read_text(encoding="utf-8")
-    page = environment.from_string(source).render(
+    return environment.from_string(source).render(
         version=__version__,
         run=run,
         gain=words.explain_gain(run),
@@ -67,9 +80,6 @@ def write_report(run_folder: Path) -> Path:
         rows=_table_rows(run),
         charts=[_chart(run, title, *chart) for title, chart in CHARTS.items()],
     )
-    path = run_folder / "report.html"
-    write_atomically(path, [page.encode()])
-    return path
 
 
 def _table_rows(run: Run) -> list[dict[str, Any]]:
