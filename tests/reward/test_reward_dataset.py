@@ -4,13 +4,13 @@ import dataclasses
 import logging
 
 import pytest
-from tiny import tiny_policy_folder, tiny_reward_folder
 from transformers import AutoTokenizer
 
 from starling.base.errors import DataError
 from starling.data.records import RankingRow
 from starling.models.reward_model import RewardModel
 from starling.reward.dataset import encode_rankings
+from tiny import tiny_policy_folder, tiny_reward_folder
 
 
 @pytest.fixture(scope="module")
