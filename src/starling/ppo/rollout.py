@@ -60,7 +60,8 @@ class Rollout:
 
     def rows(self, indices: Sequence[int]) -> "Rollout":
         """These rows only, in this order, without the columns that none of them uses."""
-        width = max(self.lengths[i] for i in indices)
+        lengths = self.lengths
+        width = max(lengths[i] for i in indices)
         index = torch.tensor(indices, device=self.scores.device)
         columns: dict[str, Any] = {
             f.name: getattr(self, f.name)[index, :width] for f in fields(self) if f.name != "scores"
