@@ -9,12 +9,12 @@ import json
 import sqlite3
 from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import asdict
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from starling.base.errors import DataError
-from starling.models.interfaces import Failure, Reply, Request, Usage
+from starling.models.interfaces import Failure, Reply, Request, Sampling, Usage
 
 FORMAT = 1
 BUSY_SECONDS = 30.0
@@ -128,7 +128,13 @@ def request_content(request: Request) -> dict[str, Any]:
     """What makes a call the call it is; not its id, which only names it, nor its subject."""
     return {
         "messages": [message.model_dump() for message in request.messages],
-        "sampling": asdict(request.sampling),
+        # Settings at their default are left out: one added later does not make old calls new.
+        "sampling": {
+            field.name: value
+            for field in fields(Sampling)
+            if (value := getattr(request.sampling, field.name)) != field.default
+            or field.name in ("temperature", "seed")
+        },
         "mode": request.mode,
     }
 

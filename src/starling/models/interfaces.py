@@ -5,9 +5,9 @@ Both yield results as they finish, in any order, named by the request's id.  doc
 says why there are two.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from starling.data.records import FinishReason, Message
 
@@ -17,35 +17,49 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to decode: temperature 0 is greedy; `max_tokens` counts response tokens only."""
+    """How to decode: temperature 0 is greedy; `max_tokens` counts response tokens only.
+
+    `top_k` (0: off) is applied first, then `top_p` (1: off), both after the temperature.  Decoding
+    ends at the model's own end markers, at `stop_ids`, and where the text holds one of `stop`.
+    """
 
     max_tokens: int
     temperature: float = 1.0
     seed: int = 0
+    top_p: float = 1.0
+    top_k: int = 0
+    stop: tuple[str, ...] = ()
+    stop_ids: tuple[int, ...] = ()
+    logprobs: Literal["tempered", "untempered"] = "tempered"
+    """Of which distribution logprobs are: at the temperature (greedy: at 1), or at temperature 1;
+    in either case over the whole vocabulary, before `top_k` and `top_p`."""
 
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """One prompt to continue, as token ids in the model's own vocabulary."""
+    """One prompt to continue, as token ids in the model's own vocabulary, `num_samples` times."""
 
     id: str
     prompt_ids: tuple[int, ...]
     sampling: Sampling
+    num_samples: int = 1
 
 
 @dataclass(frozen=True)
 class Sample:
     """One sampled response.
 
-    `ids` holds the end marker when `finish_reason` is "stop"; `logprobs` (nats, one per id) are
-    the sampler's, at its temperature; `weight_version` says which weights sampled it.
+    `ids` holds the end marker, or the token that completed a stop string, when `finish_reason` is
+    "stop"; `logprobs` are nats, one per id, of the distribution that the request names;
+    `weight_version` says which weights sampled it, `index` which of the request's samples it is.
     """
 
     request_id: str
     ids: tuple[int, ...]
     logprobs: tuple[float, ...]
-    finish_reason: FinishReason
+    finish_reason: Literal["stop", "length", "cancelled"]
     weight_version: int
+    index: int = 0
 
 
 @runtime_checkable
@@ -53,7 +67,18 @@ class Engine(Protocol):
     """Samples responses with the weights it was last given."""
 
     def generate(self, requests: Iterable[GenerationRequest]) -> Iterator[Sample]:
-        """Yield one sample per request as each finishes."""
+        """Yield each request's samples as they finish."""
+        ...
+
+    def stream(self, request: GenerationRequest) -> Generator[int, None, Sample]:
+        """Yield one sample's tokens as they are decoded, and return the sample.
+
+        Closing the generator stops the decoding.
+        """
+        ...
+
+    def cancel(self, request_id: str) -> None:
+        """End a request's running samples where they are, as "cancelled"; the others go on."""
         ...
 
     def sync(self, weights: "Mapping[str, Tensor]", version: int) -> None:
@@ -111,4 +136,16 @@ class Responder(Protocol):
 
     def respond(self, requests: Iterable[Request]) -> Iterator[Reply | Failure]:
         """Yield one outcome per request as each finishes."""
+        ...
+
+
+@runtime_checkable
+class StreamingResponder(Responder, Protocol):
+    """A responder that also answers piece by piece."""
+
+    def stream(self, request: Request) -> Generator[str, None, Reply | Failure]:
+        """Yield the text as it comes, no character cut, and return the outcome.
+
+        Closing the generator stops the answer.
+        """
         ...
