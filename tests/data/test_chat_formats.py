@@ -3,9 +3,11 @@
 Written forms are f-strings of the model cards, tokenised by AutoTokenizer from a saved folder.
 """
 
+import jinja2
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from starling.base.errors import DataError
@@ -103,6 +105,34 @@ def test_the_saved_template_gives_the_same_ids(openchat, mode, generation_prompt
     )
     ours = codec.encode(messages, mode=mode, generation_prompt=generation_prompt)
     assert ours.ids == expected
+
+
+@pytest.mark.parametrize("keyword", ["mode", "condition"])
+def test_the_saved_template_knows_the_modes_by_either_name(openchat, keyword):
+    _, theirs = openchat
+    said_once = [{"role": "user", "content": "q"}]
+    code = theirs.apply_chat_template(said_once, tokenize=False, **{keyword: "Code"})
+    assert code == "<s>Code User: q<|end_of_turn|>"
+    with pytest.raises(Exception, match="unknown mode Code<"):
+        theirs.apply_chat_template(said_once, tokenize=False, **{keyword: "Code<|end_of_turn|>"})
+
+
+def test_the_saved_folder_needs_neither_transformers_nor_us(openchat, tmp_path):
+    codec, theirs = openchat
+    theirs.save_pretrained(tmp_path)
+    template = (tmp_path / "chat_template.jinja").read_text(encoding="utf-8")
+    assert ".title()" not in template
+    messages = two_turns("Be brief.", " What?\n", "", "Why? \U0001f600")
+    for mode in ("GPT4 Correct", "Code"):
+        string = jinja2.Template(template).render(
+            messages=[message.model_dump() for message in messages],
+            bos_token="<s>",
+            add_generation_prompt=True,
+            mode=mode,
+        )
+        backend = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+        ids = backend.encode(string, add_special_tokens=False).ids
+        assert ids == codec.encode(messages, mode=mode, generation_prompt=True).ids
 
 
 def test_the_saved_template_refuses_an_unknown_role(byte_level):
@@ -224,8 +254,73 @@ def test_a_role_that_the_format_does_not_have_is_refused():
         codec.encode(said(("system", "s"), ("user", "q")))
 
 
+def test_system_text_stands_bare_or_as_a_turn_or_is_refused(byte_level):
+    theirs = byte_level[1]
+    messages = said(("system", "Be brief."), ("user", "q"))
+    written = {
+        "openchat": "Be brief.<|end_of_turn|>GPT4 Correct User: q<|end_of_turn|>",
+        "openchat-role": "GPT4 Correct System: Be brief.<|end_of_turn|>"
+        "GPT4 Correct User: q<|end_of_turn|>",
+    }
+    for name, string in written.items():
+        ids = build_codec(name, tiny_tokenizer(), []).encode(messages).ids
+        assert ids == theirs(string).input_ids
+        dumped = [message.model_dump() for message in messages]
+        template = jinja_template(FORMATS[name])
+        rendered = theirs.apply_chat_template(dumped, chat_template=template, tokenize=False)
+        assert rendered == f"<s>{string}"
+    refusing = build_codec("openchat-refuse", tiny_tokenizer(), [])
+    with pytest.raises(DataError, match="'openchat-refuse' has no 'system' messages"):
+        refusing.encode(messages)
+    assert refusing.encode(messages[1:]) == byte_level[0].encode(messages[1:])
+
+
+@pytest.mark.parametrize(
+    ("roles", "waits"),
+    [
+        ("", False),
+        ("", True),
+        ("assistant", False),
+        ("user user", False),
+        ("user assistant assistant", False),
+        ("user assistant", True),
+        ("system assistant", False),
+        ("user system", False),
+        ("system system user", False),
+        ("user assistant system user", True),
+        ("system", True),
+    ],
+)
+@pytest.mark.parametrize("name", ["openchat", "llama-2", "chatml"])
+def test_turns_that_the_model_never_saw_are_refused(name, roles, waits):
+    codec = build_codec(name, chatml_tokenizer(), [2])
+    messages = said(*((role, "x") for role in roles.split()))
+    with pytest.raises(DataError, match="take turns, the user first|messages is empty"):
+        codec.encode(messages, generation_prompt=waits)
+
+
+def test_a_document_of_the_models_own_may_open_a_plain_conversation():
+    tokenizer = tiny_tokenizer()
+    codec = build_codec("plain", tokenizer, [2])
+    assert codec.encode(said(("assistant", "x"))).ids == [BOS, *tokenizer.encode_text("x"), 2]
+
+
+def test_no_bos_stands_where_the_tokenizer_itself_puts_none(tmp_path):
+    tokenizer = tiny_tokenizer()
+    tokenizer.saved.add_bos_token = False
+    codec, theirs = saved_pair(TextTokenizer(tokenizer.saved), "openchat", tmp_path)
+    messages = two_turns("s", "q", "a", "r")
+    ids = codec.encode(messages).ids
+    assert BOS not in ids
+    written = written_openchat("s", "q", "a", "r", "GPT4 Correct")
+    assert ids == theirs(written.removesuffix("GPT4 Correct Assistant:")).input_ids
+    dumped = [message.model_dump() for message in messages]
+    template = jinja_template(codec.format)
+    assert ids == theirs.apply_chat_template(dumped, chat_template=template, return_dict=False)
+
+
 def test_an_unknown_format_is_refused_with_the_known_ones():
-    with pytest.raises(DataError, match="'vicuna'; known are openchat, chatml, plain"):
+    with pytest.raises(DataError, match="'vicuna'; known are openchat, openchat-role"):
         build_codec("vicuna", tiny_tokenizer(), [])
 
 
@@ -234,11 +329,36 @@ def test_a_tokenizer_without_the_formats_markers_is_refused():
         build_codec("chatml", tiny_tokenizer(), [])
 
 
-def test_a_pad_token_that_ends_answers_is_refused():
+def test_a_pad_token_that_ends_answers_is_replaced_and_said(caplog):
     tokenizer = tiny_tokenizer()
     tokenizer.saved.pad_token = "<|end_of_turn|>"
-    with pytest.raises(DataError, match="is also an end marker"):
-        build_codec("openchat", tokenizer, [2])
+    assert build_codec("openchat", tokenizer, [2]).tokenizer.pad_id == PAD
+    assert "<|end_of_turn|> is also its end marker; padding with <|pad_0|>" in caplog.text
+
+
+def test_a_tokenizer_without_pad_token_falls_back_as_starlings_reward_model_did(caplog):
+    tokenizer = tiny_tokenizer()
+    tokenizer.saved.pad_token = None
+    tokenizer._markers.pop("<|pad_0|>")
+    assert build_codec("openchat", tokenizer, [2]).tokenizer.pad_id == 0
+    assert tokenizer.saved.pad_token == "<unk>"
+    assert not caplog.records
+
+
+def test_a_pad_token_is_any_other_special_token_but_bos_and_eos():
+    tokenizer = chatml_tokenizer()
+    tokenizer.saved.pad_token = tokenizer.saved.eos_token = "<|im_end|>"
+    for name in ("<|pad_0|>", "<unk>", "</s>"):
+        tokenizer._markers.pop(name)
+    codec = build_codec("chatml", tokenizer, [])
+    assert codec.tokenizer.pad_id == END
+    tokenizer.saved.pad_token = "<|im_end|>"
+    for name in ("<|end_of_turn|>", "<|im_start|>"):
+        tokenizer._markers.pop(name)
+    with pytest.raises(
+        DataError, match=r"\(<\|im_end\|>\) is also an end marker.*no other special"
+    ):
+        tokenizer.choose_pad(codec.end_id)
 
 
 def test_a_pad_token_that_only_the_models_own_stops_name_is_fine():
@@ -263,7 +383,7 @@ def test_chatml_ids_are_those_of_its_string_and_template(tmp_path):
     codec, theirs = saved_pair(chatml_tokenizer(), "chatml", tmp_path)
     messages = said(("system", "Be brief."), ("user", "What?"), ("assistant", "That."))
     string = (
-        "<s><|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nWhat?<|im_end|>\n"
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nWhat?<|im_end|>\n"
         "<|im_start|>assistant\nThat.<|im_end|>\n"
     )
     ids, mask = codec.encode(messages)
@@ -318,5 +438,7 @@ def test_what_bpe_trains_on_is_the_prefix_and_the_text_without_markers():
     [user, system] = said(("user", "q"), ("system", "s"))
     assert written_text("openchat", user) == "GPT4 Correct User: q"
     assert written_text("openchat", system) == "s"
-    assert written_text("chatml", user) == "user\nq"
+    assert written_text("openchat-role", system) == "GPT4 Correct System: s"
+    assert written_text("chatml", user) == "q"
+    assert written_text("llama-2", system) == "s"
     assert written_text("plain", user) == "q"

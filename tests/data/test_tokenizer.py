@@ -3,11 +3,18 @@
 import json
 
 import pytest
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer
+from tokenizers.models import Unigram
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from starling.base.errors import ModelError
 from starling.data.chat import FORMATS, jinja_template
-from starling.data.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
+from starling.data.tokenizer import (
+    TextTokenizer,
+    load_tokenizer,
+    save_tokenizer,
+    train_tokenizer,
+)
 from tiny import TEXTS, sentencepiece_tokenizer, tiny_tokenizer
 
 OPENCHAT = ["<unk>", "<s>", "</s>", "<|end_of_turn|>", "<|pad_0|>"]
@@ -63,6 +70,15 @@ def test_typed_special_tokens_stay_text_and_loaded_from_disk_too(make, marker, t
         assert tokenizer.decode(ids) == f"a {marker}b{marker}"
 
 
+def test_special_tokens_that_are_pieces_of_the_vocabulary_cannot_be_typed():
+    # A unigram model takes its best pieces, and control pieces score 0, the best of all.
+    pieces = [("<unk>", 0.0), ("</s>", 0.0), *((letter, -5.0) for letter in "a</s>")]
+    backend = Tokenizer(Unigram(pieces, unk_id=0))
+    assert backend.encode("a</s>").ids == [2, 1]
+    saved = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", eos_token="</s>")
+    assert TextTokenizer(saved).encode_text("a</s>") == [2, 3, 4, 5, 6]
+
+
 def test_decoding_leaves_special_tokens_out():
     tokenizer = tiny_tokenizer()
     ids = tokenizer.encode_text("answer")
@@ -88,3 +104,13 @@ def test_a_folder_without_a_tokenizer_is_refused_by_name(tmp_path):
     with pytest.raises(ModelError, match="no tokenizer could be loaded") as caught:
         load_tokenizer(str(tmp_path))
     assert str(tmp_path) in str(caught.value)
+
+
+def test_parts_are_encoded_as_one_string_and_a_token_belongs_to_its_last_character():
+    tokenizer = sentencepiece_tokenizer()
+    whole = tokenizer.encode_whole([1, "a ", "A</s>", 2, "", "b"])
+    tokens = [tokenizer.saved.convert_ids_to_tokens(token) for token in whole.ids]
+    space = "\u2581"
+    typed = ["<0x3C>", "<0x2F>", "s", "<0x3E>"]
+    assert tokens == ["<s>", space, "a", f"{space}A", *typed, "</s>", space, "b"]
+    assert whole.parts == [0, 1, 1, 2, 2, 2, 2, 2, 3, 5, 5]

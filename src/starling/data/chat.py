@@ -2,19 +2,22 @@
 
 A conversation is encoded piece by piece.  Prefixes and markers are the format's own; the text of a
 message is tokenised with special tokens off, so a marker that somebody typed stays text.  A format
-is data: what stands before and after each role's text.
+is data: what stands before and after each role's text, or a published jinja template, which is
+spoken as one string, as its model learnt it (`data.template`).
 
 Masks: True = keep, here the assistant's text and its end marker.
 Source of the openchat format: the model card of Starling-LM-7B-beta; system text stands bare, as in
-OpenChat's own training code.
+OpenChat's own training code, unless `openchat-role` or `openchat-refuse` is chosen.
 """
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from starling.base.errors import DataError
 from starling.data.records import Message
+from starling.data.template import CHATML, LLAMA_2, Template
 from starling.data.tokenizer import TextTokenizer
 
 
@@ -35,39 +38,46 @@ class ChatFormat:
     """
 
     name: str
-    turns: Mapping[str, Turn]
-    end: str | None
+    turns: Mapping[str, Turn] = field(default_factory=dict)
+    end: str | None = None
     """Marker that ends the assistant's turn; None: the model's own end of sequence."""
     space: str = ""
     """Stands between a prefix and the text, where the tokenizer does not add it by itself."""
     modes: tuple[str, ...] = ()
+    bos: bool = True
+    """Whether a conversation opens with BOS, if the tokenizer itself puts one before a text."""
+    jinja: str | None = None
+    """A published template in place of `turns`."""
 
 
-_OPENCHAT_END = "<|end_of_turn|>"
-_CHATML_START, _CHATML_END = "<|im_start|>", "<|im_end|>"
+_END = "<|end_of_turn|>"
+_OPENCHAT = ChatFormat(
+    name="openchat",
+    turns={
+        "system": Turn((), (_END,)),
+        "user": Turn(("{mode} User:",), (_END,)),
+        "assistant": Turn(("{mode} Assistant:",), (_END,)),
+    },
+    end=_END,
+    space=" ",
+    modes=("GPT4 Correct", "Code", "Math Correct"),
+)
+_ROLE = {**_OPENCHAT.turns, "system": Turn(("{mode} System:",), (_END,))}
+_REFUSE = {role: turn for role, turn in _OPENCHAT.turns.items() if role != "system"}
 
 # plain: documents without roles, for models that know none; an answer continues its prompt.
+# template: the model's own chat template, word for word.
 FORMATS: dict[str, ChatFormat] = {
-    "openchat": ChatFormat(
-        name="openchat",
-        turns={
-            "system": Turn((), (_OPENCHAT_END,)),
-            "user": Turn(("{mode} User:",), (_OPENCHAT_END,)),
-            "assistant": Turn(("{mode} Assistant:",), (_OPENCHAT_END,)),
-        },
-        end=_OPENCHAT_END,
-        space=" ",
-        modes=("GPT4 Correct", "Code", "Math Correct"),
-    ),
-    "chatml": ChatFormat(
-        name="chatml",
-        turns={
-            role: Turn((_CHATML_START, f"{role}\n"), (_CHATML_END, "\n"))
-            for role in ("system", "user", "assistant")
-        },
-        end=_CHATML_END,
-    ),
-    "plain": ChatFormat("plain", {"user": Turn(), "assistant": Turn()}, end=None),
+    chat_format.name: chat_format
+    for chat_format in (
+        _OPENCHAT,
+        replace(_OPENCHAT, name="openchat-role", turns=_ROLE),
+        replace(_OPENCHAT, name="openchat-refuse", turns=_REFUSE),
+        ChatFormat("llama-2", jinja=LLAMA_2),
+        ChatFormat("chatml", end="<|im_end|>", jinja=CHATML),
+        ChatFormat("plain", {"user": Turn(), "assistant": Turn()}),
+        ChatFormat("template"),
+    )
 }
 
 
@@ -86,6 +96,7 @@ class ChatCodec:
     tokenizer: TextTokenizer
     end_id: int
     stop_ids: frozenset[int]
+    template: Template | None = None
 
     def encode(
         self,
@@ -99,11 +110,19 @@ class ChatCodec:
 
         `generation_prompt` appends the assistant's prefix; `finished=False` leaves out the end
         marker of a last answer that was cut.  Raises DataError for a mode or role that the format
-        does not have.
+        does not have, and for turns that do not alternate.
         """
         messages = list(messages)
+        self._check_turns(messages, generation_prompt)
+        if self.template is not None:
+            return Encoded(
+                *self.template.encode(
+                    messages, mode=mode, generation_prompt=generation_prompt, finished=finished
+                )
+            )
         chosen = self._mode(mode)
-        ids: list[int] = [] if self.tokenizer.bos_id is None else [self.tokenizer.bos_id]
+        bos = self.tokenizer.bos_id if self.format.bos else None
+        ids: list[int] = [] if bos is None else [bos]
         mask = [False] * len(ids)
         for position, message in enumerate(messages):
             turn = self._turn(message.role)
@@ -112,14 +131,13 @@ class ChatCodec:
             prefix = self._pieces(turn.before, chosen)
             space = self.format.space if self._adds_space and prefix else ""
             text = self.tokenizer.encode_text(space + message.content) if message.content else []
-            end, tail = self._pieces(turn.after[:1], chosen), self._pieces(turn.after[1:], chosen)
+            end = self._pieces(turn.after, chosen)
             if is_response and self.format.end is None:
                 end = [self.end_id]
             if not closed:
-                end, tail = [], []
-            ids += prefix + text + end + tail
+                end = []
+            ids += prefix + text + end
             mask += [False] * len(prefix) + [is_response] * (len(text) + len(end))
-            mask += [False] * len(tail)
         if generation_prompt:
             prefix = self._pieces(self._turn("assistant").before, chosen)
             ids += prefix
@@ -129,6 +147,9 @@ class ChatCodec:
     def decode_response(self, ids: Iterable[int]) -> str:
         """The text of a sampled response, without its end marker and the format's space."""
         kept = [token for token in ids if token not in self.stop_ids]
+        if self.template is not None:
+            text = self.tokenizer.decode_inside(kept).removeprefix(self.template.space)
+            return text.strip() if self.template.strips_answers else text
         text = self.tokenizer.decode(kept)
         has_space = self._adds_space or self.tokenizer.decodes_space
         return text.removeprefix(" ") if has_space else text
@@ -136,6 +157,25 @@ class ChatCodec:
     @property
     def _adds_space(self) -> bool:
         return bool(self.format.space) and not self.tokenizer.prepends_space
+
+    def _check_turns(self, messages: Sequence[Message], generation_prompt: bool) -> None:
+        """Refuse what the model never saw: turns that do not alternate, system text in between."""
+        if not messages:
+            raise DataError("the list of messages is empty; a conversation needs at least one")
+        roles = [message.role for message in messages]
+        turns = roles[1:] if roles[0] == "system" else roles
+        if self.format.name == "plain" and turns[:1] == ["assistant"]:
+            turns = turns[1:]  # a document of the model's own
+        if generation_prompt:
+            turns = [*turns, "assistant"]
+        for position, role in enumerate(turns):
+            expected = "assistant" if position % 2 else "user"
+            if role != expected:
+                raise DataError(
+                    f"the roles are {', '.join(roles)}"
+                    f"{', and an answer is to follow' if generation_prompt else ''}; after an "
+                    "optional system message user and assistant take turns, the user first"
+                )
 
     def _turn(self, role: str) -> Turn:
         if role not in self.format.turns:
@@ -165,44 +205,55 @@ class ChatCodec:
 def build_codec(name: str, tokenizer: TextTokenizer, stop_ids: Iterable[int]) -> ChatCodec:
     """Speak format `name` with `tokenizer`; `stop_ids` are the model's own ends of sequence.
 
-    Raises DataError for an unknown format, a tokenizer without the format's markers, or a pad
-    token that is also the end marker (the end would be masked out of training).
+    Raises DataError for an unknown format, or a tokenizer without the format's markers.  A pad
+    token that is also the end marker is replaced: the end would be masked out of training.
     """
     if name not in FORMATS:
         raise DataError(f"unknown chat format {name!r}; known are {', '.join(FORMATS)}")
     chat_format = FORMATS[name]
-    markers = {
-        piece
-        for turn in chat_format.turns.values()
-        for piece in turn.before + turn.after
-        if piece.startswith("<|")
-    }
+    if name == "template":
+        chat_format = replace(chat_format, jinja=_own_template(tokenizer))
+    chat_format = replace(chat_format, bos=chat_format.bos and tokenizer.adds_bos)
+    markers = set(re.findall(r"<\|\w+\|>", f"{chat_format.turns}{chat_format.jinja}"))
     missing = sorted(marker for marker in markers if tokenizer.marker_id(marker) is None)
-    if missing:
+    if missing and name != "template":
         raise DataError(
             f"chat format {name!r} needs the special tokens {', '.join(missing)}, which this "
             "tokenizer does not have; set chat_format to the format the model was trained with"
         )
+    template = Template(chat_format.jinja, tokenizer) if chat_format.jinja else None
     stops = list(stop_ids)
-    if chat_format.end is not None:
-        end = tokenizer.marker_id(chat_format.end)
-        assert end is not None, "checked among the markers above"
+    end = tokenizer.marker_id(chat_format.end) if chat_format.end else None
+    if end is None and template is not None:
+        end = template.end_id
+    if end is not None:
         stops.append(end)
     elif not stops:
         raise DataError(f"chat format {name!r} needs a model with an end-of-sequence token")
     else:
         end = stops[0]
-    if tokenizer.pad_id == end:
+    tokenizer.choose_pad(end)
+    return ChatCodec(chat_format, tokenizer, end, frozenset(stops), template)
+
+
+def _own_template(tokenizer: TextTokenizer) -> str:
+    try:
+        return tokenizer.saved.get_chat_template()
+    except ValueError as error:
         raise DataError(
-            f"the pad token ({tokenizer.pad_id}) is also an end marker, so ends would be masked as "
-            "padding; give the tokenizer another pad token"
-        )
-    return ChatCodec(chat_format, tokenizer, end, frozenset(stops))
+            "chat format 'template' needs a tokenizer with a chat template, and this one has none; "
+            f"set chat_format to one of {', '.join(name for name in FORMATS if name != 'template')}"
+        ) from error
 
 
 def written_text(name: str, message: Message) -> str:
-    """A message with its prefix in the default mode, markers left out: what BPE trains on."""
+    """What BPE trains on: a message with its prefix in the default mode, markers left out.
+
+    Of a format that is a jinja template it is the message alone.
+    """
     chat_format = FORMATS[name]
+    if message.role not in chat_format.turns:
+        return message.content
     mode = chat_format.modes[0] if chat_format.modes else ""
     pieces = [p for p in chat_format.turns[message.role].before if not p.startswith("<|")]
     prefix = "".join(pieces).replace("{mode}", mode)
@@ -210,15 +261,19 @@ def written_text(name: str, message: Message) -> str:
 
 
 JINJA = """\
-{{- bos_token -}}
-{%- set mode = mode if mode is defined and mode else MODE -%}
+{{- BOS -}}
+{%- set modes = MODES -%}
+{%- set mode = mode if mode is defined and mode else condition if condition is defined -%}
+{%- set mode = mode if mode else modes[0] -%}
+{%- if mode not in modes -%}{{- raise_exception('unknown mode ' + mode) -}}{%- endif -%}
 {%- set before = BEFORE -%}
 {%- set after = AFTER -%}
 {%- for message in messages -%}
 {%- if message['role'] not in before -%}
 {{- raise_exception('unknown role ' + message['role']) -}}
 {%- endif -%}
-{{- before[message['role']].replace('{mode}', mode) + SPACE -}}
+{%- set prefix = before[message['role']].replace('{mode}', mode) -%}
+{{- prefix + (SPACE if prefix and message['content'] else '') -}}
 {{- message['content'] + after[message['role']] -}}
 {%- endfor -%}
 {%- if add_generation_prompt -%}
@@ -227,12 +282,16 @@ JINJA = """\
 
 
 def jinja_template(chat_format: ChatFormat) -> str | None:
-    """The format as jinja for `apply_chat_template`, with `mode` as keyword; None for plain."""
+    """The format as jinja with the keyword `mode` (or `condition`); None for plain."""
     before = {role: "".join(turn.before) for role, turn in chat_format.turns.items()}
     after = {role: "".join(turn.after) for role, turn in chat_format.turns.items()}
     if not any((*before.values(), *after.values())):
-        return None
-    mode = chat_format.modes[0] if chat_format.modes else ""
-    space = f"({chat_format.space!r} if before[message['role']] else '')"
-    template = JINJA.replace("MODE", repr(mode)).replace("SPACE", space)
-    return template.replace("BEFORE", repr(before)).replace("AFTER", repr(after))
+        return chat_format.jinja
+    values = {
+        "BOS": "bos_token" if chat_format.bos else "''",
+        "MODES": repr(chat_format.modes),
+        "SPACE": repr(chat_format.space),
+        "BEFORE": repr(before),
+        "AFTER": repr(after),
+    }
+    return re.sub("|".join(values), lambda match: values[match[0]], JINJA)

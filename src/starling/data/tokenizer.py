@@ -1,21 +1,41 @@
 """Text to token ids, with special tokens kept out of the text; and a small new tokenizer.
 
-A model folder's tokenizer is loaded once for saving and marker names, and a second backend object
-encodes text with special tokens off: the flag lives on the backend and is not thread-safe.
+A model folder's tokenizer is loaded once for saving and marker names.  A second backend encodes:
+there every special token has a secret name, so none can be typed, whatever the kind of tokenizer.
+(transformers' flag for this is not thread-safe, and leaves tokens that are in the vocabulary too.)
+`tokenizer.json` is taken word for word: transformers' own classes for Llama and Mistral rebuild it
+and place spaces differently.
 """
 
 import json
-from collections.abc import Iterable
+import logging
+import secrets
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
+from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
+from transformers.utils.hub import cached_file
 
-from starling.base.errors import ModelError
+from starling.base.errors import DataError, ModelError
+
+logger = logging.getLogger(__name__)
 
 # OpenChat's special tokens, at the front of a new vocabulary; pad is never the end marker.
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<|end_of_turn|>", "<|pad_0|>")
+
+# Tokens that may pad where none is named or the named one ends turns; `<unk>` is Starling-RM-7B's.
+PADS = ("<|pad_0|>", "<pad>", "[PAD]", "<unk>")
+
+
+class Whole(NamedTuple):
+    """Ids of parts encoded as one string, and the part that each id belongs to."""
+
+    ids: list[int]
+    parts: list[int]
 
 
 class TextTokenizer:
@@ -23,19 +43,26 @@ class TextTokenizer:
 
     def __init__(self, saved: PreTrainedTokenizerFast) -> None:
         self.saved = saved
-        self._text = Tokenizer.from_str(saved.backend_tokenizer.to_str())
-        self._text.encode_special_tokens = True
         self._special = set(saved.all_special_ids) | {
             token_id for token_id, token in saved.added_tokens_decoder.items() if token.special
         }
         # Looked up for every piece of every message; the tokenizer would build its vocabulary anew.
-        self._markers = {
-            saved.convert_ids_to_tokens(token_id): token_id for token_id in self._special
+        added = saved.added_tokens_decoder
+        self._markers: dict[str, int] = {
+            str(added.get(token_id) or saved.convert_ids_to_tokens(token_id)): token_id
+            for token_id in sorted(self._special)
         }
+        # Private-use characters at both ends: no token of the vocabulary reaches into a name.
+        nonce = secrets.token_hex(16)
+        self._names = {token: f"\ue000{nonce}{token}\ue001" for token in self._special}
+        names = {marker: self._names[token] for marker, token in self._markers.items()}
+        self._text = _renamed(saved.backend_tokenizer, names)
         probe = self._text.encode("a", add_special_tokens=False)
         self.prepends_space = probe.tokens[0].startswith("\u2581")
         # Decoders of SentencePiece's kind take off the space that their encoder put before.
         self.decodes_space = self._text.decode(probe.ids).startswith(" ")
+        whole = saved.backend_tokenizer.encode("a", add_special_tokens=True).ids
+        self.adds_bos = self.bos_id is not None and whole[:1] == [self.bos_id]
 
     @property
     def bos_id(self) -> int | None:
@@ -52,6 +79,11 @@ class TextTokenizer:
             raise ModelError("the tokenizer has no pad token; add one that is not an end marker")
         return token_id
 
+    @property
+    def markers(self) -> dict[str, int]:
+        """Every special token by its exact text."""
+        return self._markers
+
     def __len__(self) -> int:
         return len(self.saved)
 
@@ -59,24 +91,123 @@ class TextTokenizer:
         """Ids of plain text: typed markers stay text, and no BOS is added."""
         return self._text.encode(text, add_special_tokens=False).ids
 
+    def encode_whole(self, parts: Sequence[str | int]) -> Whole:
+        """Encode texts and special tokens (by id) as the one string that they make together.
+
+        The ids are those of the whole string, so that merges across parts, and what the tokenizer
+        does at the beginning of a string only, are exact; a marker typed in a text stays text.
+        An id that spans parts belongs to the one that holds its last character.
+        """
+        texts = [self._names[part] if isinstance(part, int) else part for part in parts]
+        starts = [0, *accumulate(len(text) for text in texts)]
+        encoding = self._text.encode("".join(texts), add_special_tokens=False)
+        places = (max(start, end - 1) for start, end in encoding.offsets)
+        return Whole(encoding.ids, [bisect_right(starts, place) - 1 for place in places])
+
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ids, special tokens left out."""
         return self._text.decode([token for token in ids if token not in self._special])
+
+    def decode_inside(self, ids: Iterable[int]) -> str:
+        """Text of ids that other text stands before: a space at their beginning is kept."""
+        before = self.encode_text("a")
+        return self.decode([*before, *ids])[len(self.decode(before)) :]
 
     def marker_id(self, marker: str) -> int | None:
         """The id of a special token by its exact text; None if the tokenizer has none such."""
         return self._markers.get(marker)
 
+    def choose_pad(self, end_id: int) -> None:
+        """Pad with a token that ends nothing, or the ends would be masked out of training.
 
-def load_tokenizer(reference: str) -> TextTokenizer:
-    """Load a folder's or hub id's fast tokenizer, never remote code; ModelError without one."""
+        Published copies of Starling name their end marker as the pad token.  Raises DataError
+        where the vocabulary has no special token to spare.
+        """
+        named: Any = self.saved.pad_token
+        if named is not None and self.saved.pad_token_id != end_id:
+            return
+        eos: Any = self.saved.eos_token_id
+        taken = {end_id, eos, self.bos_id}
+        others = sorted(self._markers, key=self._markers.__getitem__)
+        for pad in (*PADS, *others):
+            if self._markers.get(pad) is None or self._markers[pad] in taken:
+                continue
+            self.saved.pad_token = pad
+            if named is not None:
+                logger.warning(
+                    "the tokenizer's pad token %s is also its end marker; padding with %s instead",
+                    named,
+                    pad,
+                )
+            return
+        raise DataError(
+            f"the pad token ({named or 'none named'}) is also an end marker, so ends would be "
+            "masked as padding, and the vocabulary has no other special token; give the tokenizer "
+            "a pad token"
+        )
+
+
+def _renamed(tokenizer: Tokenizer, names: dict[str, str]) -> Tokenizer:
+    """A copy that knows special tokens under other names, in its vocabulary too."""
+    content = json.loads(tokenizer.to_str())
+    # A post-processor adds tokens, and trims the offsets that `encode_whole` reads.
+    content["post_processor"] = None
+    for token in content["added_tokens"]:
+        token["content"] = names.get(token["content"], token["content"])
+    model = content["model"]
+    if isinstance(model["vocab"], dict):
+        model["vocab"] = {names.get(text, text): i for text, i in model["vocab"].items()}
+    else:
+        model["vocab"] = [[names.get(text, text), score] for text, score in model["vocab"]]
+    if "merges" in model:
+        model["merges"] = [pair for pair in model["merges"] if "".join(pair) not in names]
+    if model.get("unk_token") is not None:
+        model["unk_token"] = names.get(model["unk_token"], model["unk_token"])
+    return Tokenizer.from_str(json.dumps(content))
+
+
+def load_tokenizer(reference: str | Path) -> TextTokenizer:
+    """Load a folder's or hub id's tokenizer; `openchat` needs neither.
+
+    `tokenizer.json` is loaded as it stands; a folder with `tokenizer.model` alone goes through
+    our builder.  No remote code.  Raises ModelError, also for a vocabulary of OpenChat's family
+    that does not give the ids that the model was trained with.
+    """
+    from starling.data import openchat  # it needs TextTokenizer
+
+    if str(reference) == "openchat" and not Path("openchat").is_dir():
+        return openchat.openchat_tokenizer()
+    path = _find(reference, "tokenizer.json")
+    model = None if path else _find(reference, "tokenizer.model")
+    if path is None and model is None:
+        here = "it has" if Path(reference).is_dir() else "no such folder, and on the hub was found"
+        raise ModelError(
+            f"{reference}: no tokenizer could be loaded ({here} neither tokenizer.json nor "
+            "tokenizer.model); convert it, or name a folder or hub id that has one"
+        )
     try:
-        saved = AutoTokenizer.from_pretrained(reference, trust_remote_code=False)
+        if model is None:
+            saved = PreTrainedTokenizerFast.from_pretrained(reference, trust_remote_code=False)
+            tokenizer = TextTokenizer(saved)
+        else:
+            # On the hub each file is fetched by its name.
+            for name in ("added_tokens.json", "tokenizer_config.json"):
+                _find(reference, name)
+            tokenizer = openchat.from_sentencepiece(Path(model))
+    except ModelError:
+        raise
     except Exception as error:  # tokenizers, in Rust, raises nothing narrower for a damaged file
         raise ModelError(f"{reference}: no tokenizer could be loaded ({error})") from error
-    if not isinstance(saved, PreTrainedTokenizerFast):
-        raise ModelError(f"{reference}: the tokenizer has no tokenizer.json; convert it first")
-    return TextTokenizer(saved)
+    if tokenizer.marker_id(openchat.END) == openchat.END_ID:
+        openchat.check_openchat(tokenizer, str(reference))
+    return tokenizer
+
+
+def _find(reference: str | Path, name: str) -> str | None:
+    try:
+        return cached_file(reference, name)
+    except (OSError, ValueError):
+        return None
 
 
 def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> TextTokenizer:
@@ -108,7 +239,8 @@ def save_tokenizer(tokenizer: TextTokenizer, folder: Path, *, template: str | No
     """Save for `AutoTokenizer`, with the chat template and `added_tokens_decoder`.
 
     transformers 5 no longer writes `added_tokens_decoder`; GGUF converters need it to type the
-    markers as control tokens rather than as text that a user may type.
+    markers as control tokens rather than as text that a user may type.  The class is transformers'
+    generic one, which alone reads `tokenizer.json` as it stands.
     """
     saved = tokenizer.saved
     if template is not None:
@@ -116,9 +248,9 @@ def save_tokenizer(tokenizer: TextTokenizer, folder: Path, *, template: str | No
     saved.save_pretrained(folder)
     path = folder / "tokenizer_config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
+    flags = ("special", "normalized", "lstrip", "rstrip", "single_word")
     config["added_tokens_decoder"] = {
-        str(token_id): {"content": str(token), "special": token.special, "normalized": False}
-        | {"lstrip": False, "rstrip": False, "single_word": False}
+        str(token_id): {"content": str(token)} | {flag: getattr(token, flag) for flag in flags}
         for token_id, token in sorted(saved.added_tokens_decoder.items())
     }
     path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
