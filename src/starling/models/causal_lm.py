@@ -6,7 +6,6 @@ right, where causal attention needs no padding mask: no real token sees what fol
 Shapes: B sequences, T token positions, D model width.  Masks: True = keep.
 """
 
-import contextlib
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -15,12 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     GenerationConfig,
     MistralConfig,
@@ -28,14 +25,11 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
-from transformers.utils.logging import disable_progress_bar
 
 from starling.base.errors import ModelError
-from starling.data.chat import FORMATS, ChatCodec, build_codec, jinja_template
-from starling.data.tokenizer import TextTokenizer, load_tokenizer, save_tokenizer
-
-# Starling shows one progress line of its own.
-disable_progress_bar()
+from starling.data.chat import ChatCodec, build_codec, jinja_template
+from starling.data.tokenizer import TextTokenizer, save_tokenizer
+from starling.models.loading import load_codec, load_config, load_weights
 
 # Rows of logits held at once: the full vocabulary of a whole batch never is.
 LOGIT_ROWS = 4096
@@ -161,18 +155,24 @@ def new_language_model(
 
 
 def load_language_model(
-    reference: str, *, device: str = "cpu", chat_format: str | None = None
+    reference: str,
+    *,
+    device: str = "cpu",
+    dtype: str = "float32",
+    chat_format: str | None = None,
 ) -> LanguageModel:
-    """Load a folder or hub id in float32 from safetensors; never remote code, never pickle.
+    """Load a folder or hub id from safetensors; never remote code, never pickle.
 
-    The chat format is `chat_format`, or the one stored with the model, or the one its special
-    tokens show.  Raises ModelError with what to do.
+    `dtype` is float32, bfloat16, float16, or auto (as stored).  The chat format is `chat_format`,
+    or what `load_codec` finds.  Raises ModelError with what to do.
     """
     config = load_config(reference)
+    [architecture, *_] = config.architectures or [""]
+    if architecture.endswith("ForSequenceClassification"):
+        raise ModelError(f"{reference}: this is a reward model; name a language model")
     check_plain_logits(reference, config)
-    model = load_weights(AutoModelForCausalLM, reference, config)
     codec = load_codec(reference, config, chat_format)
-    check_vocabulary(reference, model, codec)
+    model = load_weights(AutoModelForCausalLM, reference, config, dtype)
     return LanguageModel(model.to(device).eval(), codec)
 
 
@@ -188,86 +188,20 @@ def check_plain_logits(reference: str, config: PretrainedConfig) -> None:
             )
 
 
-def load_config(reference: str) -> PretrainedConfig:
-    """Read a model's config.json; raises ModelError when it is missing or of an unknown kind."""
-    try:
-        return AutoConfig.from_pretrained(reference, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
-        raise ModelError(f"{reference}: no usable config.json ({error})") from error
-
-
-def load_weights(factory: Any, reference: str, config: PretrainedConfig, **options: Any) -> Any:
-    """Load safetensors into `factory`'s model; raises ModelError for damaged or pickled weights."""
-    from safetensors import SafetensorError
-
-    folder = Path(reference)
-    if folder.is_dir() and not any(folder.glob("*.safetensors")):
-        pickled = sorted(path.name for path in folder.glob("*.bin"))
-        found = f"only {', '.join(pickled)}, which are pickles" if pickled else "no weights"
-        raise ModelError(f"{reference}: found {found}; save the model as safetensors")
-    try:
-        return factory.from_pretrained(
-            reference,
-            config=config,
-            dtype=torch.float32,
-            use_safetensors=True,
-            trust_remote_code=False,
-            **options,
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ModelError(
-            f"{reference}: the weights cannot be read ({error}); copy or save the model again"
-        ) from error
-
-
-def load_codec(reference: str, config: PretrainedConfig, chat_format: str | None) -> ChatCodec:
-    """The chat codec of a model folder or hub id."""
-    tokenizer = load_tokenizer(reference)
-    stops = config.eos_token_id
-    # Many folders have no generation_config.json; then config.json's end of sequence stands.
-    with contextlib.suppress(OSError):
-        stops = GenerationConfig.from_pretrained(reference).eos_token_id or stops
-    stop_ids = [] if stops is None else [stops] if isinstance(stops, int) else list(stops)
-    name = chat_format or getattr(config, "starling_chat_format", None) or guess_format(tokenizer)
-    if name is None:
-        raise ModelError(
-            f"{reference}: the chat format is not known; set chat_format to one of "
-            f"{', '.join(FORMATS)}"
-        )
-    return build_codec(name, tokenizer, stop_ids)
-
-
-def guess_format(tokenizer: TextTokenizer) -> str | None:
-    """The one format whose end marker is a special token of this vocabulary, if any."""
-    for name, chat_format in FORMATS.items():
-        if chat_format.end is not None and tokenizer.marker_id(chat_format.end) is not None:
-            return name
-    return None
-
-
-def check_vocabulary(reference: str, model: PreTrainedModel, codec: ChatCodec) -> None:
-    """Refuse a tokenizer with more entries than the embedding has rows."""
-    embedding: Any = model.get_input_embeddings()
-    rows = embedding.weight.shape[0]
-    if len(codec.tokenizer) > rows:
-        raise ModelError(
-            f"{reference}: the tokenizer has {len(codec.tokenizer)} entries and the embedding "
-            f"{rows} rows; the tokenizer and the weights do not belong together"
-        )
-
-
 def save_model(folder: Path, model: PreTrainedModel, codec: ChatCodec) -> None:
     """Save a Hugging Face folder, whole or not at all: temporary folder, then rename."""
     temporary = folder.with_name(f".tmp-{folder.name}")
     shutil.rmtree(temporary, ignore_errors=True)
     config: Any = model.config
     config.starling_chat_format = codec.format.name
+    ends = [codec.end_id, *sorted(codec.stop_ids - {codec.end_id})]
+    special = {"bos_token_id": codec.tokenizer.bos_id, "pad_token_id": codec.tokenizer.pad_id}
+    saved: Any = codec.tokenizer.saved
+    saved.eos_token = saved.convert_ids_to_tokens(codec.end_id)
+    # config.json names the one end marker; programs that read a list find it in the other file.
+    config.update(special | {"eos_token_id": codec.end_id})
     if model.can_generate():
-        model.generation_config = GenerationConfig(
-            bos_token_id=codec.tokenizer.bos_id,
-            eos_token_id=sorted(codec.stop_ids),
-            pad_token_id=codec.tokenizer.pad_id,
-        )
+        model.generation_config = GenerationConfig(**special, eos_token_id=ends)
     model.save_pretrained(temporary)
     save_tokenizer(codec.tokenizer, temporary, template=jinja_template(codec.format))
     shutil.rmtree(folder, ignore_errors=True)

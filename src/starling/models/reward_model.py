@@ -17,20 +17,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
-from transformers.utils import logging as transformers_logging
 
 from starling.base.errors import ModelError
 from starling.data.chat import ChatCodec
 from starling.data.records import Message
-from starling.models.causal_lm import (
-    Batch,
-    check_vocabulary,
-    length_batches,
-    load_codec,
-    load_config,
-    load_weights,
-    save_model,
-)
+from starling.models.causal_lm import Batch, length_batches, save_model
+from starling.models.loading import load_codec, load_config, load_weights
 
 HEAD_NAMES = ("score", "classifier")
 HEAD_WEIGHTS = frozenset(f"{name}.{part}" for name in HEAD_NAMES for part in ("weight", "bias"))
@@ -61,7 +53,7 @@ class RewardModel:
             raise ModelError(f"truncate is {self.truncate!r}; it must be left or right")
 
     @staticmethod
-    def load(reference: str, *, device: str = "cpu") -> "RewardModel":
+    def load(reference: str, *, device: str = "cpu", dtype: str = "float32") -> "RewardModel":
         """Load a trained reward model; raises ModelError that says what else it found."""
         config = load_config(reference)
         architectures = getattr(config, "architectures", None) or ["none"]
@@ -69,13 +61,19 @@ class RewardModel:
             raise ModelError(
                 f"{reference}: found a {architectures[0]} with {config.num_labels} label(s); a "
                 "reward model is a ...ForSequenceClassification with one. Train one with the "
-                "reward stage"
+                "reward stage, or convert a published one: "
+                "python -m starling.models.published_reward"
             )
-        return RewardModel._load(reference, config, device)
+        return RewardModel._load(reference, config, device, dtype)
 
     @staticmethod
     def from_language_model(
-        reference: str, *, device: str = "cpu", chat_format: str | None = None, seed: int
+        reference: str,
+        *,
+        device: str = "cpu",
+        dtype: str = "float32",
+        chat_format: str | None = None,
+        seed: int,
     ) -> "RewardModel":
         """Put a new head on a causal language model: N(0, 1/(D+1)), Stiennon et al. 2020."""
         config = load_config(reference)
@@ -88,7 +86,7 @@ class RewardModel:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             reward_model = RewardModel._load(
-                reference, config, device, chat_format, new_weights=HEAD_WEIGHTS
+                reference, config, device, dtype, chat_format=chat_format, new_weights=HEAD_WEIGHTS
             )
             head = score_head(reward_model.model)
             torch.nn.init.normal_(head.weight, std=1 / math.sqrt(head.weight.shape[1] + 1))
@@ -99,26 +97,15 @@ class RewardModel:
         reference: str,
         config: Any,
         device: str,
-        chat_format: str | None = None,
+        dtype: str,
         *,
+        chat_format: str | None = None,
         new_weights: frozenset[str] = frozenset(),
     ) -> "RewardModel":
-        # transformers' report of missing weights says nothing new where the head is to be made.
-        verbosity = transformers_logging.get_verbosity()
-        transformers_logging.set_verbosity_error()
-        try:
-            model, found = load_weights(
-                AutoModelForSequenceClassification, reference, config, output_loading_info=True
-            )
-        finally:
-            transformers_logging.set_verbosity(verbosity)
-        missing = sorted(set(found["missing_keys"]) - new_weights)
-        if missing:
-            raise ModelError(
-                f"{reference}: the weights lack {', '.join(missing[:3])}; save the model again"
-            )
         codec = load_codec(reference, config, chat_format)
-        check_vocabulary(reference, model, codec)
+        model = load_weights(
+            AutoModelForSequenceClassification, reference, config, dtype, new_weights=new_weights
+        )
         head = score_head(model)
         if head.bias is not None:
             raise ModelError(f"{reference}: the reward head has a bias; the architecture has none")
@@ -139,7 +126,6 @@ class RewardModel:
         config.starling_reward_std = self.std
         config.starling_max_length = self.max_length
         config.starling_truncate = self.truncate
-        config.pad_token_id = self.codec.tokenizer.pad_id
         save_model(folder, self.model, self.codec)
 
     def encode(self, item: Scored) -> tuple[list[int], bool]:
@@ -148,7 +134,10 @@ class RewardModel:
         Cutting from the left keeps the answer; from the right it leaves the answer unfinished, and
         no end marker is put back.
         """
-        ids = self.codec.encode(item.messages, mode=item.mode, finished=item.finished).ids
+        ids, mask = self.codec.encode(item.messages, mode=item.mode, finished=item.finished)
+        if item.finished and True in mask:
+            # ChatML writes a newline after the end marker; Starling-RM-34B reads at the marker.
+            ids = ids[: len(ids) - mask[::-1].index(True)]
         if len(ids) <= self.max_length:
             return ids, False
         return (
