@@ -104,6 +104,11 @@ def run_starling(*arguments: str, code: str = "") -> subprocess.CompletedProcess
         (["run", "laptop", "--ppo.kl-coef", "-1"], 2),
         (["run", "labtop"], 2),
         (["runn", "laptop"], 2),
+        (["chat", "--help"], 0),
+        (["chat", "model", "--temperature", "-1"], 2),
+        (["tokens", "--help"], 0),
+        (["tokens", "--file", "absent.json"], 2),
+        (["tokens", "--json"], 0),
     ],
 )
 def test_what_needs_no_model_does_not_import_torch(arguments, status):
@@ -240,6 +245,17 @@ def test_each_way_to_end_has_its_exit_status(recipe, monkeypatch, capsys, error,
     monkeypatch.setattr(cli, "run_pipeline", fail)
     assert cli.main(["run", recipe]) == status
     assert text in capsys.readouterr().err
+
+
+def test_ctrl_c_while_a_chats_model_loads_says_nothing_of_checkpoints(monkeypatch, capsys):
+    def interrupted(*_arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "parse_options", interrupted)
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["chat", "model"])
+    assert caught.value.code == 130
+    assert capsys.readouterr() == ("", "")
 
 
 def test_a_bug_of_ours_shows_its_traceback(recipe, monkeypatch):

@@ -5,6 +5,7 @@ traceback; 2 for something a user can fix; 130 or 143 when stopped.
 """
 
 import difflib
+import io
 import logging
 import os
 import shutil
@@ -13,7 +14,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import tyro
 
@@ -42,6 +43,10 @@ class Command(NamedTuple):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status."""
+    for stream in (sys.stdin, sys.stdout):
+        # Bytes that are no text, and text that a terminal cannot show, must not end the program.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     with _messages():
         try:
             _dispatch(list(sys.argv[1:] if arguments is None else arguments))
@@ -162,8 +167,53 @@ def _recipe(name: str) -> None:
 
 def _chat(verb: str, arguments: list[str]) -> None:
     from starling.serve.chat import chat
+    from starling.serve.session import Chat
 
-    parse_options(chat, verb, arguments)
+    def talk(settings: Annotated[Chat, tyro.conf.arg(name="")], *, once: str | None = None) -> None:
+        """Talk to a model; on a pipe, each line is a message.
+
+        Args:
+            settings: Which model, and how it answers.
+            once: Answer this one message and leave.
+        """
+        chat(settings, once=once)
+
+    try:
+        parse_options(talk, verb, arguments)
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
+
+def _tokens(verb: str, arguments: list[str]) -> None:
+    from starling.serve.session import find_codec
+    from starling.serve.tokens import EXAMPLE, named_format, read_file, render
+
+    def show(
+        model: tyro.conf.Positional[str] = "openchat",
+        *,
+        mode: str | None = None,
+        file: str | None = None,
+        json: bool = False,
+        chat_format: str | None = None,
+        system: Literal["bare", "role", "refuse"] | None = None,
+    ) -> None:
+        """Show what a model reads: a conversation's text, token ids and response mask.
+
+        Args:
+            model: Run folder, model folder or hub id; openchat needs none.
+            mode: One of the chat format's modes, or its beginning: code, math.
+            file: JSON list of {"role", "content"}, - for standard input; absent, an example.
+            json: Print only {"text", "ids", "mask"}, on one line.
+            chat_format: Name of the chat format, where it is not the model's own.
+            system: How OpenChat's format writes a system message.
+        """
+        messages = EXAMPLE if file is None else read_file(file)
+        rendering = render(find_codec(model, named_format(chat_format, system)), messages, mode)
+        coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+        width = shutil.get_terminal_size().columns
+        print(rendering.as_json() if json else rendering.as_page(coloured=coloured, width=width))
+
+    parse_options(show, verb, arguments)
 
 
 def _report(run: Path) -> None:
@@ -184,12 +234,13 @@ COMMANDS = {
     "reward": Command("RECIPE", "only stage 2: rankings -> reward model", _run),
     "ppo": Command("RECIPE", "only stage 3: policy against reward model", _run),
     "bench": Command("RECIPE", "only stage 4: the policy against the one it started from", _run),
-    "chat": Command("MODEL", "talk to a model folder, or to a run's policy", _chat),
+    "chat": Command("MODEL", "talk to a run's policy, a folder, a .gguf file or a URL", _chat),
+    "tokens": Command("[MODEL] [--file FILE]", "what a model reads: text, ids and mask", _tokens),
     "report": Command("RUN", "write a run's report.html again", _report),
 }
 
 
-PARSED_BY_ITSELF = (_run, _chat)
+PARSED_BY_ITSELF = (_run, _chat, _tokens)
 """Functions that take the verb and all that follows: what they accept is not known before."""
 
 

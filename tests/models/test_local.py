@@ -4,15 +4,19 @@ import shutil
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from starling.data.records import Message
 from starling.models.causal_lm import load_language_model
-from starling.models.interfaces import Request, Responder, Sampling
-from starling.models.local import load_local, trim_turns
+from starling.models.interfaces import Request, Responder, Sample, Sampling, StreamingResponder
+from starling.models.local import Local, load_local, trim_turns
 from tiny import tiny_policy, tiny_policy_folder
 
 QUESTION = "What is the answer?"
+CODEC = tiny_policy().codec
 
 
 def said(*contents, system=None):
@@ -82,6 +86,137 @@ def test_one_changed_weight_changes_the_identity(policy_folder, tmp_path):
     loaded = load_language_model(str(copied)).model
     expected = torch.tensor(1.001)
     assert torch.equal(loaded.model.norm.weight[0].detach(), expected)
+
+
+class Spelling:
+    """An engine that says the given ids, whatever it is asked, and notes whether it was stopped."""
+
+    def __init__(self, ids, finish_reason="stop"):
+        self.ids = tuple(ids)
+        self.finish_reason = finish_reason
+        self.num_said = 0
+
+    def _sample(self, request):
+        return Sample(request.id, self.ids, (0.0,) * len(self.ids), self.finish_reason, 0)
+
+    def generate(self, requests):
+        yield from (self._sample(request) for request in requests)
+
+    def stream(self, request):
+        for token in self.ids:
+            self.num_said += 1
+            yield token
+        return self._sample(request)
+
+    def cancel(self, request_id):
+        raise AssertionError("nobody cancels")
+
+    def sync(self, weights, version):
+        raise AssertionError("it has no weights")
+
+
+def spell(codec, text, **options):
+    """A local model that answers `text`, one byte a token, and the ids of it."""
+    ids = [token for byte in text.encode() for token in byte_ids(codec, byte)]
+    return Local(Spelling([*ids, codec.end_id], **options), codec, identity="script")
+
+
+def byte_ids(codec, byte):
+    """The token of one byte: bytes of the byte-level alphabet stand for characters."""
+    alphabet = bytes_to_unicode()
+    [token] = [codec.tokenizer.saved.convert_tokens_to_ids(alphabet[byte])]
+    return [token]
+
+
+def drain(pieces):
+    got = []
+    while True:
+        try:
+            got.append(next(pieces))
+        except StopIteration as end:
+            return got, end.value
+
+
+@given(text=st.text(max_size=30))
+def test_the_pieces_of_a_stream_cut_no_character_and_are_the_reply(text):
+    codec = CODEC
+    text = text.encode("utf-8", "replace").decode()
+    local = spell(codec, f" {text}")
+    pieces, reply = drain(local.stream(ask("q", "hi")))
+    assert "".join(pieces) == reply.text == text
+    [whole] = local.respond([ask("q", "hi")])
+    assert whole == reply
+    # Each piece is made of whole characters: the replacement character only where it was said.
+    assert sum(piece.count("\ufffd") for piece in pieces) == text.count("\ufffd")
+
+
+@given(
+    text=st.text("abc\u4f60", max_size=25),
+    stop=st.lists(st.text("abc\u4f60", min_size=1, max_size=4), max_size=3),
+)
+def test_a_text_ends_before_its_first_stop_string_and_no_piece_shows_it(text, stop):
+    # The definition: the shortest beginning of the text that ends with a stop string, without it.
+    first = min((text.find(string) for string in stop if string in text), default=len(text))
+    local = spell(CODEC, f" {text}")
+    request = ask("q", "hi", stop=tuple(stop))
+    pieces, reply = drain(local.stream(request))
+    assert "".join(pieces) == reply.text == text[:first]
+    [whole] = local.respond([request])
+    assert whole.text == text[:first]
+
+
+def test_what_may_begin_a_stop_string_waits_until_it_cannot():
+    local = spell(CODEC, " one STO two")
+    pieces = local.stream(ask("q", "hi", stop=("STOP", "O t\u00e9")))
+    shown = ""
+    for piece in pieces:
+        shown += piece
+        said = CODEC.tokenizer.decode(local.engine.ids[: local.engine.num_said]).removeprefix(" ")
+        waiting = said[len(shown) :]
+        assert not waiting or "STOP".startswith(waiting) or "O t\u00e9".startswith(waiting)
+    assert shown == "one STO two"
+
+
+def test_closing_a_stream_stops_the_decoding():
+    local = spell(CODEC, " " + "x" * 50)
+    pieces = local.stream(ask("q", "hi"))
+    assert next(pieces) == "x"
+    pieces.close()
+    assert local.engine.num_said == 2
+
+
+def test_a_stream_says_what_the_sample_says(policy_folder):
+    local = load_local(str(policy_folder))
+    request = ask("q", QUESTION, temperature=1.0, seed=5)
+    [whole] = local.respond([request])
+    pieces, reply = drain(local.stream(request))
+    assert reply == whole
+    assert isinstance(local, StreamingResponder)
+    assert len(pieces) > 1
+
+
+def test_a_stop_string_ends_the_decoding_of_a_real_model(policy_folder):
+    local = load_local(str(policy_folder))
+    [whole] = local.respond([ask("q", QUESTION)])
+    stop = whole.text[3:5]
+    place = whole.text.find(stop)
+    for reply in (
+        *local.respond([ask("q", QUESTION, stop=(stop,))]),
+        drain(local.stream(ask("q", QUESTION, stop=(stop,))))[1],
+    ):
+        assert reply.text == whole.text[:place]
+        assert reply.finish_reason == "stop"
+        assert len(reply.ids) < len(whole.ids)
+
+
+def test_a_cancelled_answer_is_one_that_was_cut():
+    local = spell(CODEC, " one", finish_reason="cancelled")
+    assert drain(local.stream(ask("q", "hi")))[1].finish_reason == "length"
+
+
+def test_the_context_length_is_the_models(tmp_path):
+    folder = tiny_policy_folder(tmp_path / "model", max_length=96)
+    assert load_local(str(folder)).context_length == 96
 
 
 def prompt_length(codec, messages, mode=None):

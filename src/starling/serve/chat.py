@@ -1,92 +1,244 @@
-"""Chat in the terminal: answers stream as they are decoded; history is trimmed by whole turns."""
+"""Chat in the terminal: answers stream, commands change how, Ctrl-C stops an answer.
 
+What the model says goes to stdout, everything else to stderr.  On a pipe each line is a message or
+a command, nothing waits, and the first error ends it.
+"""
+
+import contextlib
 import json
-import math
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Generator
 from pathlib import Path
+from typing import NamedTuple
 
-from starling.base.context import choose_device
 from starling.base.errors import DataError, InputError
-from starling.base.files import neighbours
+from starling.base.files import write_atomically
 from starling.data.records import Message
-from starling.models.interfaces import Request, Sampling
-from starling.models.local import load_local, trim_turns
-from starling.models.torch_engine import TorchEngine
+from starling.models.interfaces import Reply
+from starling.serve.session import Chat, clean
 
-HELP = "Type a message; /retry asks again, /new forgets the conversation, /quit leaves."
 NUM_SUGGESTIONS = 3
 
 
-class ChatSession:
-    """One conversation with a local model."""
+class Command(NamedTuple):
+    """What follows a command, what it does, and the method that does it."""
 
-    def __init__(
-        self, model: str, *, device: str | None, max_tokens: int, temperature: float
-    ) -> None:
-        self._local = load_local(model, choose_device(device))
-        engine = self._local.engine
-        assert isinstance(engine, TorchEngine)
-        self._engine = engine
-        config = engine.model.config
-        self._context = getattr(config, "max_position_embeddings", None) or 4096
-        self._max_tokens = min(max_tokens, self._context // 2)
-        self._temperature = temperature
+    usage: str
+    summary: str
+    call: "Callable[[Terminal, str], None]"
+
+
+class Terminal:
+    """One conversation: what was said, and what the commands do to it."""
+
+    def __init__(self, talk: Chat, *, interactive: bool) -> None:
+        self.talk = talk
         self.messages: tuple[Message, ...] = ()
-        self._num_answers = 0
+        self._interactive = interactive
+        self._written: set[Path] = set()
+        self._num_interrupts = 0
 
-    def reply(self, text: str) -> Iterator[str]:
-        """Yield the answer to `text` piece by piece, and remember both; no character is cut."""
-        # Bytes that are no UTF-8 arrive on a pipe as lone surrogates, which no tokenizer takes.
-        text = text.encode("utf-8", "replace").decode()
+    def run(self) -> None:
+        """Read messages and commands until /quit, the end of input, or Ctrl-C twice."""
+        while self._num_interrupts < 2:
+            try:
+                line = self._read()
+            except KeyboardInterrupt:
+                if not self._interactive:
+                    raise
+                self._num_interrupts += 1
+                note("" if self._num_interrupts > 1 else "\n[Ctrl-C again, or /quit, leaves]")
+                continue
+            if line is None or line.strip() == "/quit":
+                return
+            if line.strip():
+                self._num_interrupts = 0
+                self._handle(line)
+
+    def say(self, text: str) -> None:
+        """Answer a message and remember both; an answer that was stopped is kept as far as it came.
+
+        When there is no answer at all, the conversation is as it was.
+        """
+        text = clean(text)
         asked = (*self.messages, Message(role="user", content=text))
-        codec = self._local.codec
-        kept = trim_turns(asked, codec, limit=self._context - self._max_tokens)
-        if len(kept) < len(asked):
-            _note(f"[forgetting the first {len(asked) - len(kept)} messages: the context is full]")
-        self._num_answers += 1
-        sampling = Sampling(self._max_tokens, self._temperature, seed=self._num_answers)
-        request = self._local.generation_request(Request("chat", kept, sampling))
-        ids: list[int] = []
-        shown = ""
-        for token in self._engine.stream(request):
-            ids.append(token)
-            text_so_far = codec.decode_response(ids)
-            # A character whose bytes are still incomplete shows as U+FFFD: wait for the rest.
-            if not text_so_far.endswith("\ufffd") and text_so_far != shown:
-                yield text_so_far[len(shown) :]
-                shown = text_so_far
-        answer = codec.decode_response(ids)
-        yield answer[len(shown) :]
-        self.messages = (*kept, Message(role="assistant", content=answer))
+        pieces: list[str] = []
+        if self.talk.best_of > 1:
+            note(f"[{self.talk.best_of} answers, of which the reward model picks one]")
+        started = time.perf_counter()
+        try:
+            with contextlib.closing(self.talk.stream(asked)) as stream:
+                reply = _write_pieces(stream, pieces)
+        except KeyboardInterrupt:
+            if not self._interactive:
+                raise
+            self._num_interrupts = 1
+            if not pieces:
+                note("\n[stopped before a word was said; nothing is kept]")
+                return
+            summary = "stopped: /retry asks again, /undo takes it back"
+        else:
+            summary = _summary(self.talk, reply, time.perf_counter() - started)
+        finally:
+            if pieces:
+                _write("\n")
+        self.messages = (*asked, Message(role="assistant", content="".join(pieces)))
+        note(f"[{summary}]")
 
-    def forget_last(self) -> str | None:
-        """Drop the last exchange; returns what the user had typed, None when there was none."""
-        if not self.messages:
+    def _read(self) -> str | None:
+        if self._interactive and sys.stdout.isatty():
+            with contextlib.suppress(EOFError):
+                return input("> ")
             return None
-        typed = self.messages[-2].content
+        if self._interactive:
+            sys.stderr.write("> ")
+            sys.stderr.flush()
+        return sys.stdin.readline() or None
+
+    def _handle(self, line: str) -> None:
+        """A command or a message; interactive, an error is told and nothing is lost."""
+        try:
+            if not line.startswith("/"):
+                self.say(line.strip())
+                return
+            name, _, rest = line[1:].strip().partition(" ")
+            if name not in COMMANDS:
+                note(f"unknown command /{name}; /help lists all. A space before / sends it as text")
+                return
+            COMMANDS[name].call(self, rest.strip())
+        except InputError as error:
+            if not self._interactive:
+                raise
+            note(str(error))
+
+    def _set(self, name: str, value: object, said: Callable[[], str]) -> None:
+        try:
+            self.talk.change(name, value)
+        except InputError as error:
+            note(f"{error}. Nothing was changed.")
+        else:
+            note(said())
+
+    def mode(self, rest: str) -> None:
+        known = ", ".join(self.talk.modes) or "those of the server"
+        mode = rest or self.talk.mode
+        self._set("mode", mode, lambda: f"mode {self.talk.mode or 'default'}; there are {known}")
+
+    def temperature(self, rest: str) -> None:
+        number = _number(rest, float)
+        if number is not None:
+            self._set("temperature", number, lambda: f"temperature {number:g}")
+
+    def max_tokens(self, rest: str) -> None:
+        number = _number(rest, int)
+        if number is not None:
+            self._set("max_tokens", number, lambda: f"answers of at most {number} tokens")
+
+    def best_of(self, rest: str) -> None:
+        number = _number(rest, int)
+        if number is not None:
+            self._set("best_of", number, self._how_picked)
+
+    def _how_picked(self) -> str:
+        if self.talk.best_of == 1:
+            return "one answer, and no reward model"
+        because = " (at 0 all are alike)" if self.talk.temperature == 0 else ""
+        return (
+            f"the best of {self.talk.best_of} by {self.talk.reward_model}, sampled at temperature "
+            f"{self.talk.sampling_temperature:g}{because}"
+        )
+
+    def system(self, rest: str) -> None:
+        said = "the system message is set" if rest else "no system message"
+        self._set("system", rest or None, lambda: said)
+
+    def retry(self, _rest: str) -> None:
+        if not self.messages:
+            note("There is nothing to ask again.")
+            return
+        before, typed = self.messages, self.messages[-2].content
+        self.messages = before[:-2]
+        try:
+            self.say(typed)
+        finally:
+            if len(self.messages) < len(before):
+                self.messages = before
+        if self.messages == before and self.talk.sampling_temperature == 0:
+            note("[at temperature 0 an answer stays the same; /temperature 1 draws another]")
+
+    def undo(self, _rest: str) -> None:
+        if not self.messages:
+            note("There is nothing to take back.")
+            return
+        note(f"took back {self.messages[-2].content!r} and its answer")
         self.messages = self.messages[:-2]
-        return typed
+
+    def new(self, _rest: str) -> None:
+        self.messages = ()
+        note("A new conversation.")
+
+    def save(self, rest: str) -> None:
+        path = Path(rest).expanduser()
+        if not rest or not self.messages:
+            note("/save FILE: name a file" if not rest else "There is nothing to save.")
+            return
+        if path.resolve() not in self._written and path.exists():
+            note(f"{path} is there already; name another file")
+            return
+        told = [{"role": "system", "content": self.talk.system}] if self.talk.system else []
+        rows = [*told, *(message.model_dump() for message in self.messages)]
+        text = json.dumps(rows, indent=1, ensure_ascii=False) + "\n"
+        try:
+            write_atomically(path, [text.encode("utf-8", "replace")])
+        except DataError as error:
+            note(str(error))
+            return
+        self._written.add(path.resolve())
+        note(f"saved {len(rows)} messages; starling tokens --file {path} shows their ids")
+
+    def help(self, _rest: str) -> None:
+        note("Type a message, or a command:")
+        for name, command in COMMANDS.items():
+            note(f"  {f'/{name} {command.usage}':20} {command.summary}")
+        note("Ctrl-C stops an answer; pressed again at the prompt, it leaves.")
 
 
-def resolve_model(reference: str) -> tuple[str, list[str]]:
-    """The model to chat with, and prompts to offer: a run folder's newest model, or `reference`."""
-    run = Path(reference)
-    if not run.exists() and run.parent != Path() and run.parent.is_dir():
-        raise DataError(f"there is no folder {run}. {neighbours(run)}")
-    if not run.is_dir() or (run / "config.json").is_file():
-        return reference, []
-    for stage in ("ppo", "sft"):
-        if (run / stage / "model" / "config.json").is_file():
-            return str(run / stage / "model"), _suggestions(run)
-    raise DataError(
-        f"{run} holds neither a model (config.json) nor a run's ppo/model or sft/model; "
-        "`starling demo` makes a run in runs/demo"
-    )
+COMMANDS = {
+    "mode": Command("NAME", "another mode of the chat format, e.g. code", Terminal.mode),
+    "temperature": Command("X", "0 is greedy, 1 samples as trained", Terminal.temperature),
+    "max-tokens": Command("N", "the longest answer", Terminal.max_tokens),
+    "best-of": Command("N", "draw N answers, the reward model picks", Terminal.best_of),
+    "system": Command("TEXT", "a system message; without TEXT none", Terminal.system),
+    "retry": Command("", "ask the last message again", Terminal.retry),
+    "undo": Command("", "take back the last message and its answer", Terminal.undo),
+    "new": Command("", "a new conversation", Terminal.new),
+    "save": Command("FILE", "write the conversation as JSON", Terminal.save),
+    "help": Command("", "this list", Terminal.help),
+    "quit": Command("", "leave", lambda terminal, rest: None),
+}
 
 
-def _suggestions(run: Path) -> list[str]:
-    """The first questions that the bench asked: nothing was trained on them."""
+def chat(talk: Chat, *, once: str | None = None) -> None:
+    """Talk until /quit or the end of input; with `once`, answer that one message."""
+    interactive = once is None and sys.stdin.isatty()
+    terminal = Terminal(talk, interactive=interactive)
+    if talk.sampling_temperature == 0:
+        note("[temperature 0, as Starling's model card advises; /temperature 1 samples]")
+    if once is not None:
+        terminal.say(once)
+        return
+    if interactive:
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401  input() then has a history
+        note(f"Chatting with {talk.model}. /help lists the commands, /quit leaves.")
+        for suggestion in suggestions(Path(talk.model)):
+            note(f"  try: {suggestion}")
+    terminal.run()
+
+
+def suggestions(run: Path) -> list[str]:
+    """The first questions that a run's bench asked: nothing was trained on them."""
     path = run / "bench" / "answers.jsonl"
     found: dict[str, str] = {}
     for line in path.read_bytes().splitlines() if path.is_file() else ():
@@ -96,84 +248,42 @@ def _suggestions(run: Path) -> list[str]:
     return list(found.values())[:NUM_SUGGESTIONS]
 
 
-def chat(
-    model: str,
-    *,
-    device: str | None = "cpu",
-    max_tokens: int = 256,
-    temperature: float = 0.0,
-    once: str | None = None,
-) -> None:
-    """Talk until /quit or the end of input; with `once`, answer that one message.
-
-    What the model says goes to stdout, everything else to stderr.  On a pipe, each line is a
-    message and nothing waits.
-    """
-    if not 0 <= temperature < math.inf:
-        raise InputError(f"the temperature is {temperature}; it must be 0 (greedy) or above")
-    if max_tokens < 1:
-        raise InputError(f"max-tokens is {max_tokens}; it must be at least 1")
-    reference, suggestions = resolve_model(model)
-    session = ChatSession(reference, device=device, max_tokens=max_tokens, temperature=temperature)
-    if once is not None:
-        _say(session, once)
-        return
-    interactive = sys.stdin.isatty()
-    if interactive:
-        _note(f"Chatting with {reference} at temperature {temperature:g}. {HELP}")
-        for suggestion in suggestions:
-            _note(f"  try: {suggestion}")
-    while (line := _read(interactive)) is not None:
-        if line == "/quit":
-            return
+def _write_pieces(stream: Generator[str, None, Reply], pieces: list[str]) -> Reply:
+    """Write the pieces as they come, and note them; returns the reply."""
+    while True:
         try:
-            _handle(session, line)
-        except DataError as error:  # longer than the context
-            if not interactive:
-                raise
-            _note(str(error))
+            piece = next(stream)
+        except StopIteration as end:
+            return end.value
+        pieces.append(piece)
+        _write(piece)
 
 
-def _handle(session: ChatSession, line: str) -> None:
-    if line == "/help":
-        _note(HELP)
-    elif line == "/new":
-        session.messages = ()
-        _note("A new conversation.")
-    elif line == "/retry":
-        typed = session.forget_last()
-        if typed is not None:
-            _say(session, typed)
-        else:
-            _note("There is nothing to ask again.")
-    elif line.startswith("/"):
-        _note(f"unknown command {line.split()[0]}. {HELP}")
-    elif line:
-        _say(session, line)
+def _summary(talk: Chat, reply: Reply, seconds: float) -> str:
+    """What an answer took: tokens and tokens/s, and whether it was cut."""
+    count = reply.usage.response_tokens
+    said = f"{count} tokens"
+    if reply.finish_reason == "length":
+        said = f"cut at {count} tokens: /max-tokens {2 * count}, then /retry"
+    if talk.best_of > 1:
+        return f"{said}, the best of {talk.best_of}, {seconds:.1f} s"
+    return f"{said}, {count / seconds:.1f} tokens/s" if count else f"{seconds:.1f} s"
 
 
-def _say(session: ChatSession, text: str) -> None:
-    before = session.messages
+def _number(text: str, kind: Callable[[str], float]) -> float | None:
     try:
-        for piece in session.reply(text):
-            sys.stdout.write(piece)
-            sys.stdout.flush()
-    except KeyboardInterrupt:
-        # Ctrl-C stops the answer, not the program.
-        session.messages = before
-    sys.stdout.write("\n")
+        return kind(text)
+    except ValueError:
+        note(f"found {text!r}; it must be a number, e.g. 1")
+        return None
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
     sys.stdout.flush()
 
 
-def _read(interactive: bool) -> str | None:
-    try:
-        if interactive:
-            return input("> ").strip()
-        line = sys.stdin.readline()
-    except (EOFError, KeyboardInterrupt):
-        return None
-    return line.strip() if line else None
-
-
-def _note(text: str) -> None:
+def note(text: str) -> None:
+    """One line for the person, never part of an answer."""
     sys.stderr.write(text + "\n")
+    sys.stderr.flush()
