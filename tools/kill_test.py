@@ -13,8 +13,8 @@ run tests nothing and is drawn again.
 
 Compared are all files, calls.sqlite row by row, and of manifest.json what was made; left out are
 timing.jsonl, checkpoints, and lines of report.html with a clock time.  Prints one line a point and
-ends with status 1 if any run differs.  The mini pipeline is the demo's world and recipe with fewer
-steps: about half a minute a run on a quiet core.
+ends with status 1 if any run differs.  The mini pipeline is that of tests/e2e: about ten seconds a
+run on a quiet core.
 """
 
 import argparse
@@ -29,47 +29,10 @@ import tempfile
 import time
 from pathlib import Path
 
-from starling.demo.world import Sizes, write_world
-from starling.judging.ledger import ledger_rows
 from starling.recipe import STAGES
 
-MINI = """
-seed: 0
-threads: 1
-run: {device: cpu}
-judge: {kind: rubric, noise: 0.1, position_bias: 0.05}
-sft:
-  conversations: data/sft.jsonl
-  architecture: {vocab_size: 400, hidden_size: 48, intermediate_size: 96, layers: 2}
-  steps: 60
-  batch: 32
-  lr: 3e-3
-  keep: [30]
-  checkpoint_every: 10
-feedback:
-  prompts: data/prompts.jsonl
-  limit: 48
-  candidates:
-    - {name: late, model: sft/model, max_tokens: 24, answers: 2}
-    - {name: early, model: sft/model-30, max_tokens: 24, answers: 2}
-reward: {epochs: 4, batch: 8, lr: 1e-3, checkpoint_every: 4}
-ppo:
-  prompts: data/ppo.jsonl
-  validation: data/validation.jsonl
-  validation_prompts: 8
-  steps: 12
-  rollout_batch: 8
-  samples_per_prompt: 2
-  ppo_epochs: 2
-  max_response_tokens: 24
-  lr: 3e-4
-  kl_target: 1.0
-  kl_horizon: 200
-  select_every: 2
-  checkpoint_every: 3
-bench: {questions: data/bench.jsonl, max_tokens: 24, best_of: 2}
-"""
-SIZES = Sizes(bench=16, validation=16, prompts=48, ppo=96, sft=400)
+# The mini recipe and the reader of ledgers are the tests'.
+sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
 
 CLOCK = re.compile(rb"\d\d:\d\d|\d+(\.\d+)? ?(s|seconds|minutes)\b")
 
@@ -116,11 +79,10 @@ def parse_options() -> argparse.Namespace:
 
 
 def write_mini(folder: Path) -> Path:
-    """The mini pipeline's recipe with its world beside it."""
-    write_world(folder / "data", seed=0, sizes=SIZES)
-    path = folder / "mini.yaml"
-    path.write_text(MINI, encoding="utf-8")
-    return path
+    """The tests' mini recipe with its world beside it."""
+    from e2e.mini import write_recipe
+
+    return write_recipe(folder)
 
 
 def command(recipe: Path, out: Path, stage: str | None) -> list[str]:
@@ -189,6 +151,8 @@ def content_of(path: Path) -> object:
         manifest = json.loads(path.read_bytes())
         return manifest["key"], manifest["outputs"], manifest["summary"]["figures"]
     if path.name == "calls.sqlite":
+        from ledgers import ledger_rows
+
         return ledger_rows(path)
     if path.name == "report.html":
         folder = str(path.parent).encode()

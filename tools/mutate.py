@@ -122,7 +122,7 @@ CHANGES = {
     ],
     ("base/estimate.py", "tests/base/test_estimate.py"): [
         ("range(array.size) if clusters is None else clusters", "range(array.size)"),
-        ("tail = (1 - level) / 2", "tail = 1 - level"),
+        ("tail = (1 - LEVEL) / 2", "tail = 1 - LEVEL"),
         ("weights=array - mean)", "weights=array)"),
         ("/ sizes[drawn].sum(axis=1)", "/ num_clusters"),
         ("if len(number_of) > 1:", "if True:"),

@@ -185,7 +185,7 @@ def _chat(verb: str, arguments: list[str]) -> None:
 
 
 def _tokens(verb: str, arguments: list[str]) -> None:
-    from starling.serve.session import find_codec
+    from starling.serve.find import resolve_model
     from starling.serve.tokens import EXAMPLE, named_format, read_file, render
 
     def show(
@@ -208,7 +208,10 @@ def _tokens(verb: str, arguments: list[str]) -> None:
             system: How OpenChat's format writes a system message.
         """
         messages = EXAMPLE if file is None else read_file(file)
-        rendering = render(find_codec(model, named_format(chat_format, system)), messages, mode)
+        from starling.models.loading import find_codec
+
+        codec = find_codec(resolve_model(model), named_format(chat_format, system))
+        rendering = render(codec, messages, mode)
         coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
         width = shutil.get_terminal_size().columns
         print(rendering.as_json() if json else rendering.as_page(coloured=coloured, width=width))

@@ -88,10 +88,10 @@ def run_pipeline(
             prepare()
         names = [stage.name for stage in stages]
         paths = Paths(out.resolve(), recipe_folder.resolve())
+        kept = () if recipe.sft is None else recipe.sft.keep
+        models = ("model", *(f"model-{step}" for step in kept))
+        pending = replace(paths, pending=names, sft_models=models)
         for stage in stages:
-            kept = () if recipe.sft is None else recipe.sft.keep
-            models = ("model", *(f"model-{step}" for step in kept))
-            pending = replace(paths, pending=names, sft_models=models)
             stage.resolve(getattr(recipe, stage.name), recipe, pending)
         context = None
         for stage in stages:
@@ -175,9 +175,8 @@ def _summarise(recipe: Recipe, paths: Paths, out: Path, *, done: list[str]) -> d
             summary[stage.name] = manifest["summary"]["figures"]
         else:
             logger.warning(
-                "%s: made from something else, so its figures are left out of summary.json; "
-                "make it again with: starling %s RECIPE",
-                *(stage.name, stage.name),
+                f"{stage.name}: made from something else, so its figures are left out of "
+                f"summary.json; make it again with: starling {stage.name} RECIPE"
             )
     return summary
 

@@ -183,7 +183,7 @@ def test_a_checkpoint_of_another_format_is_passed_over(tmp_path, caplog, monkeyp
     save_checkpoint(tmp_path, snapshot(2))
     monkeypatch.undo()
     assert_is(load_newest(tmp_path), 1)
-    assert "state.json has format 99, this version reads 1" in caplog.text
+    assert "state.json has format 99, this version reads 2" in caplog.text
 
 
 def test_only_damaged_checkpoints_are_an_error_that_says_what_to_do(tmp_path):

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from starling.base.context import Context, StopFlag, choose_device, single_process_context
+from starling.base.context import StopFlag, choose_device, single_process_context
 from starling.base.errors import RecipeError, Stopped
 
 
@@ -22,16 +22,11 @@ def test_one_process_is_rank_zero_of_one_with_the_threads_it_asked_for():
 import torch
 from starling.base.context import single_process_context
 c = single_process_context(3)
-print(c.rank, c.world_size, c.device, c.threads, c.is_main, torch.get_num_threads(),
+print(c.rank, c.world_size, c.device, c.threads, torch.get_num_threads(),
       torch.are_deterministic_algorithms_enabled(),
       torch.is_deterministic_algorithms_warn_only_enabled())
 """
-    assert in_a_process(program).split() == ["0", "1", "cpu", "3", "True", "3", "True", "False"]
-
-
-def test_only_rank_zero_is_main():
-    assert Context(rank=0, world_size=2, device="cpu", threads=1).is_main
-    assert not Context(rank=1, world_size=2, device="cpu", threads=1).is_main
+    assert in_a_process(program).split() == ["0", "1", "cpu", "3", "3", "True", "False"]
 
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:x", "CPU", ""])

@@ -46,7 +46,7 @@ def test_a_bad_line_is_refused_with_its_number_and_reason(tmp_path, line, reason
     path = tmp_path / "rows.jsonl"
     path.write_bytes(GOOD + b"\n" + line + b"\n" + GOOD)
     with pytest.raises(DataError) as caught:
-        read_records(path, Row)
+        read_records(path, Row, quarantine=path.with_name("quarantine.jsonl"))
     assert "1 of 3 rows" in str(caught.value)
     assert "line 3: " in str(caught.value)
     assert reason in str(caught.value)
@@ -57,7 +57,7 @@ def test_good_rows_come_back_in_order_and_blank_lines_do_not_count(tmp_path):
     first = '\ufeff{"text": "\u00e9\u2028\U0001f600"}'
     second = '{"text": "b", "ranks": [1, 2], "score": 0.1}'
     path.write_bytes(f"{first}\r\n\n  \n{second}".encode())
-    rows = read_records(path, Row)
+    rows = read_records(path, Row, quarantine=path.with_name("quarantine.jsonl"))
     assert rows == [Row(text="\u00e9\u2028\U0001f600"), Row(text="b", ranks=(1, 2), score=0.1)]
 
 
@@ -85,17 +85,11 @@ def test_one_bad_row_in_ninety_nine_stops_after_the_quarantine_is_written(tmp_pa
     assert json.loads(quarantine.read_text())["text"] == "nonsense"
 
 
-def test_the_allowed_share_can_be_changed(tmp_path):
-    path, quarantine = tmp_path / "rows.jsonl", tmp_path / "quarantine.jsonl"
-    path.write_bytes(GOOD + b"nonsense\n")
-    assert len(read_records(path, Row, quarantine=quarantine, allowed_share=0.5)) == 1
-
-
 def test_the_error_shows_three_reasons_and_counts_the_rest(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b"x\n" * 5)
     with pytest.raises(DataError, match="and 2 more") as caught:
-        read_records(path, Row)
+        read_records(path, Row, quarantine=path.with_name("quarantine.jsonl"))
     lines = [number for number in range(1, 6) if f"line {number}:" in str(caught.value)]
     assert lines == [1, 2, 3]
 
@@ -115,8 +109,8 @@ def test_a_new_read_replaces_what_the_quarantine_held_for_that_file_only(tmp_pat
         return [json.loads(line)["file"] for line in quarantine.read_text().splitlines()]
 
     for path in (first, second, first):
-        path.write_bytes(GOOD + b"nonsense\n")
-        read_records(path, Row, quarantine=quarantine, allowed_share=1.0)
+        path.write_bytes(GOOD * 99 + b"nonsense\n")
+        read_records(path, Row, quarantine=quarantine)
     assert sorted(files_put_aside()) == ["first.jsonl", "second.jsonl"]
     first.write_bytes(GOOD)
     read_records(first, Row, quarantine=quarantine)
@@ -129,9 +123,9 @@ def test_a_new_read_replaces_what_the_quarantine_held_for_that_file_only(tmp_pat
 @pytest.mark.parametrize("damage", [b"{", b"[3]\n", b'{"line": 3}\n', b"\xff\n"])
 def test_a_damaged_quarantine_is_replaced(tmp_path, damage):
     path, quarantine = tmp_path / "rows.jsonl", tmp_path / "quarantine.jsonl"
-    path.write_bytes(GOOD + b"nonsense\n")
+    path.write_bytes(GOOD * 99 + b"nonsense\n")
     quarantine.write_bytes(damage)
-    read_records(path, Row, quarantine=quarantine, allowed_share=1.0)
+    read_records(path, Row, quarantine=quarantine)
     [put_aside] = map(json.loads, quarantine.read_text().splitlines())
     assert put_aside["text"] == "nonsense"
     quarantine.write_bytes(damage)
@@ -145,7 +139,7 @@ def test_a_file_without_rows_is_refused(tmp_path, content):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(content)
     with pytest.raises(DataError, match="holds no rows"):
-        read_records(path, Row)
+        read_records(path, Row, quarantine=path.with_name("quarantine.jsonl"))
 
 
 def test_a_missing_file_names_what_is_nearly_called_that(tmp_path):
@@ -154,23 +148,23 @@ def test_a_missing_file_names_what_is_nearly_called_that(tmp_path):
     with pytest.raises(
         DataError, match=r"there is no .*promts.jsonl.*holds prompts.jsonl"
     ) as caught:
-        read_records(tmp_path / "promts.jsonl", Row)
+        read_records(tmp_path / "promts.jsonl", Row, quarantine=tmp_path / "q")
     assert "zebra" not in str(caught.value)
 
 
 def test_a_missing_file_with_no_near_name_lists_what_is_there(tmp_path):
     with pytest.raises(DataError, match="is empty"):
-        read_records(tmp_path / "prompts.jsonl", Row)
+        read_records(tmp_path / "prompts.jsonl", Row, quarantine=tmp_path / "q")
     (tmp_path / "zebra").touch()
     with pytest.raises(DataError, match="holds zebra"):
-        read_records(tmp_path / "prompts.jsonl", Row)
+        read_records(tmp_path / "prompts.jsonl", Row, quarantine=tmp_path / "q")
     with pytest.raises(DataError, match="no folder"):
-        read_records(tmp_path / "nowhere" / "prompts.jsonl", Row)
+        read_records(tmp_path / "nowhere" / "prompts.jsonl", Row, quarantine=tmp_path / "q")
 
 
 def test_a_folder_in_place_of_a_file_is_refused(tmp_path):
     with pytest.raises(DataError, match="cannot read .*directory"):
-        read_records(tmp_path, Row)
+        read_records(tmp_path, Row, quarantine=tmp_path / "q")
 
 
 @settings(deadline=None)
@@ -189,7 +183,7 @@ def test_what_was_written_is_read_back(tmp_path_factory, rows):
     path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
     write_records(path, rows)
     assert path.read_bytes().count(b"\n") == len(rows)
-    assert read_records(path, Row) == rows
+    assert read_records(path, Row, quarantine=path.with_name("quarantine.jsonl")) == rows
 
 
 def test_records_are_written_in_field_order_without_none_and_by_alias(tmp_path):

@@ -11,7 +11,7 @@ from starling.base.context import single_process_context
 from starling.base.errors import DataError
 from starling.base.jsonl import write_records
 from starling.bench import run as bench
-from starling.bench.answers import Contestant, best_of
+from starling.bench.answers import Contestant, yardstick
 from starling.bench.config import BenchInputs, BenchSection
 from starling.bench.scores import category_figures, ratings, score_figures, win_rate
 from starling.data.records import Question
@@ -22,7 +22,6 @@ from starling.models.reward_model import RewardModel
 from tiny import tiny_policy_folder, tiny_reward_folder
 
 ANIMALS = ("cat", "dog", "hen", "cow")
-NO_TOKENS = Usage(0, 0)
 
 
 def questions():
@@ -273,7 +272,7 @@ class ScriptedJudge:
             yield (
                 Unparsed(comparison.id, "it said nothing", "")
                 if ranks is None
-                else Ranking(comparison.id, ranks, (0, 1), None, "", NO_TOKENS)
+                else Ranking(comparison.id, ranks, (0, 1), None, "")
             )
 
     def rate(self, answers):
@@ -282,7 +281,7 @@ class ScriptedJudge:
             yield (
                 Unparsed(answer.id, "it said nothing", "")
                 if score is None
-                else Rating(answer.id, score, "", NO_TOKENS)
+                else Rating(answer.id, score, "")
             )
 
 
@@ -435,7 +434,7 @@ def test_best_of_keeps_the_answer_that_the_reward_model_scores_highest():
 
     script = Numbered(before)
     contestant = Contestant("sft", "sampled", script, 12, 0)
-    best = best_of(own, contestant, object.__new__(Words), samples=4)
+    best = yardstick(own, contestant, object.__new__(Words), samples=4)
     assert [answer.answer for answer in best] == ["one two three"] * 8
     assert {answer.policy for answer in best} == {"best_of_4"}
     assert {answer.tokens for answer in best} == {7}

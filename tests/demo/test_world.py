@@ -10,13 +10,13 @@ import pytest
 
 import starling.demo.world as world_module
 from starling.data.records import Conversation, Prompt, Question
-from starling.demo.tasks import CATEGORIES, Turn
-from starling.demo.world import HABIT_SHARE, VOICES, Sizes, say, shared_texts, write_world
+from starling.demo.tasks import TASKS, draw_task
+from starling.demo.world import VOICES, Sizes, normalised, say, write_world
 from starling.judging.rubric import Checks, Grade, grade
 
 SMALL = Sizes(bench=32, validation=32, prompts=64, ppo=64, sft=320)
 FILES = ("bench", "validation", "prompts", "ppo", "sft")
-NAMES = [category.__name__ for category in CATEGORIES]
+NAMES = list(TASKS)
 
 
 def rows(folder: Path, name: str) -> list[dict[str, Any]]:
@@ -45,23 +45,30 @@ def test_a_file_keeps_its_bytes_when_a_later_one_grows(world: Path, tmp_path: Pa
         assert (tmp_path / f"{name}.jsonl").read_bytes() == (world / f"{name}.jsonl").read_bytes()
 
 
+def user_texts(row: dict[str, Any]) -> list[str]:
+    if "turns" in row:
+        return row["turns"]
+    return [message["content"] for message in row["messages"] if message["role"] == "user"]
+
+
 def test_no_user_text_stands_twice_at_the_default_sizes(tmp_path: Path):
     write_world(tmp_path, seed=0)
-    assert shared_texts(tmp_path / f"{name}.jsonl" for name in FILES) == set()
+    seen: set[str] = set()
+    for row in (row for name in FILES for row in rows(tmp_path, name)):
+        texts = {normalised(text) for text in user_texts(row)}
+        assert not texts & seen
+        seen |= texts
 
 
-def test_a_shared_text_is_found_whatever_its_case_and_spacing(world: Path, tmp_path: Path):
-    asked = rows(world, "bench")[0]["turns"][1]
-    copy = {"messages": [{"role": "user", "content": f" {asked.upper()}"}]}
-    (tmp_path / "copy.jsonl").write_text(json.dumps(copy) + "\n", encoding="utf-8")
-    assert len(shared_texts([world / "bench.jsonl", tmp_path / "copy.jsonl"])) == 1
+def test_texts_that_differ_in_case_and_spacing_are_the_same():
+    assert normalised(" Is it\nTin?") == normalised("is IT tin ?") != normalised("Is it iron?")
 
 
 def test_more_rows_than_there_are_different_prompts_are_refused(monkeypatch: pytest.MonkeyPatch):
-    only = CATEGORIES[0](Random(0))
-    monkeypatch.setattr(world_module, "CATEGORIES", (lambda random: only,))
+    turns = draw_task("math", Random(0))
+    monkeypatch.setattr(world_module, "draw_task", lambda _category, _random: turns)
     tasks = world_module.unseen_tasks(2, Random(0), set())
-    assert next(tasks) is only
+    assert next(tasks) == ("writing", turns)
     with pytest.raises(ValueError, match="too few different prompts"):
         next(tasks)
 
@@ -83,10 +90,10 @@ def test_prompts_are_half_one_turn_and_half_two_in_every_category(world: Path):
 
 
 def test_the_right_answer_is_right_and_a_wrong_habit_is_not():
-    for category in CATEGORIES:
-        random = Random(f"right/{category.__name__}")
+    for name in NAMES:
+        random = Random(f"right/{name}")
         for _ in range(200):
-            for turn in category(random).turns:
+            for turn in draw_task(name, random):
                 right, habit = (grade(turn.checks, body) for body in (turn.right, turn.habit))
                 assert right.correctness == 1.0
                 assert habit.correctness < 1.0 or turn.habit.split() == turn.right.split()
@@ -102,11 +109,10 @@ def test_checks_in_the_files_grade_as_they_were_written(world: Path):
 def sft_like_grades(num_tasks: int) -> dict[str, list[Grade]]:
     grades: dict[str, list[Grade]] = defaultdict(list)
     random = Random("habits")
-    for category in CATEGORIES:
+    for name in NAMES:
         for _ in range(num_tasks):
-            for turn in category(random).turns:
-                answer = say(turn, category.__name__, random)
-                grades[category.__name__].append(grade(turn.checks, answer))
+            for turn in draw_task(name, random):
+                grades[name].append(grade(turn.checks, say(turn, name, random)))
     return grades
 
 
@@ -119,12 +125,11 @@ def test_no_part_is_bad_in_more_than_three_fifths_of_a_category():
 
 def test_the_commonest_voice_is_not_the_best_and_the_best_is_not_rare():
     checks = Checks(contains_all=("tin",), max_words=7)
-    turn = Turn("?", right="it is tin", habit="it is tin", checks=checks)
     styles = []
     for voice in VOICES:
-        said = [w.format(body=turn.right, Body=turn.right.capitalize()) for w in voice.wordings]
+        said = [w.format(body="it is tin", Body="It is tin") for w in voice["wordings"]]
         styles.append(sum(grade(checks, one).style for one in said) / len(said))
-    shares = [voice.share for voice in VOICES]
+    shares = [voice["share"] for voice in VOICES]
     best = max(range(len(VOICES)), key=styles.__getitem__)
     assert sum(shares) == pytest.approx(1.0)
     assert 0.2 <= shares[best] < max(shares)
@@ -132,18 +137,18 @@ def test_the_commonest_voice_is_not_the_best_and_the_best_is_not_rare():
 
 
 def test_habits_prevail_in_several_categories_but_never_crowd_out_the_right_answer():
-    assert set(HABIT_SHARE) == set(NAMES)
-    assert sum(share > 0.5 for share in HABIT_SHARE.values()) >= 4
-    assert max(HABIT_SHARE.values()) <= 0.58
+    shares = [TASKS[name]["habit_share"] for name in NAMES]
+    assert sum(share > 0.5 for share in shares) >= 4
+    assert max(shares) <= 0.58
 
 
 def test_random_answers_to_one_prompt_seldom_tie_and_length_hardly_tells_them_apart():
     random = Random("pairs")
     ties, shorter_wins = [], []
     for number in range(1600):
-        category = CATEGORIES[number % len(CATEGORIES)]
-        turn = category(random).turns[0]
-        answers = [say(turn, category.__name__, random) for _ in range(2)]
+        name = NAMES[number % len(NAMES)]
+        turn = draw_task(name, random)[0]
+        answers = [say(turn, name, random) for _ in range(2)]
         first, second = (grade(turn.checks, answer).total for answer in answers)
         ties.append(abs(first - second) < 0.02)
         lengths = [len(answer) for answer in answers]

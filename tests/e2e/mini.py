@@ -8,6 +8,7 @@ from starling.demo.world import Sizes, write_world
 RECIPE = """\
 seed: 0
 threads: 1
+run: {device: cpu}
 judge: {kind: rubric, noise: 0.03, position_bias: 0.05}
 sft:
   conversations: data/sft.jsonl

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from e2e.mini import starling, write_recipe
+from ledgers import ledger_rows
 from starling.base.hashing import hash_file
-from starling.judging.ledger import ledger_rows
 from starling.judging.rubric import Checks, grade
 
 CLOCK_FILES = {"timing.jsonl", "manifest.json", ".lock"}

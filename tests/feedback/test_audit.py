@@ -11,9 +11,6 @@ from starling.judging.judge import Comparison, Ranking, Unparsed
 from starling.judging.llm_judge import LlmJudge
 from starling.judging.recorded import CallStats
 from starling.judging.rubric_responder import RubricResponder
-from starling.models.interfaces import Usage
-
-NO_USAGE = Usage(0, 0)
 
 
 def given(text, model, finish_reason):
@@ -29,7 +26,7 @@ def outcome(id, texts, ranks, *, presented=None, good_natured=True, models=None)
     models = models or [f"m{n}" for n in range(len(texts))]
     answers = [given(text, model, "stop") for text, model in zip(texts, models, strict=True)]
     shown = presented or tuple(range(len(texts)))
-    verdict = Ranking(id, ranks, shown, good_natured, "", NO_USAGE)
+    verdict = Ranking(id, ranks, shown, good_natured, "")
     return Outcome(answer_set(id, answers), verdict)
 
 

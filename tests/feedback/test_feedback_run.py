@@ -9,6 +9,7 @@ import pytest
 from fake_server import FakeServer, Say, completion, error
 from pydantic import ValidationError
 
+from ledgers import ledger_rows
 from starling.base.context import Context
 from starling.base.errors import DataError, Stopped
 from starling.base.jsonl import read_records
@@ -16,7 +17,6 @@ from starling.data.records import Message, RankingRow, split_nectar_prompt
 from starling.feedback.config import Candidate, FeedbackInputs, FeedbackSection
 from starling.feedback.run import nectar_prompt, run
 from starling.judging.config import JudgeSection
-from starling.judging.ledger import ledger_rows
 from starling.models import endpoint as endpoint_module
 
 
@@ -49,6 +49,10 @@ def answer(body, n):
         "echo": "The same words.",
     }
     return Say(completion(said[body["model"]]))
+
+
+def read_rankings(folder):
+    return read_records(folder / "out" / "rankings.jsonl", RankingRow, quarantine=folder / "bad")
 
 
 def judge_text(asked):
@@ -88,7 +92,7 @@ def stage(url, folder, *, rows=None, candidates=CANDIDATES, judge=None, stop=Non
 def test_prompts_become_rankings_in_order_with_all_their_columns(tmp_path):
     with FakeServer(answer) as server:
         summary = stage(server.url, tmp_path)
-    rows = read_records(tmp_path / "out" / "rankings.jsonl", RankingRow)
+    rows = read_rankings(tmp_path)
     assert [row.id for row in rows] == [f"q{n}" for n in range(6)]
     for number, row in enumerate(rows):
         assert row.prompt == f"\n\nHuman: question {number}\n\nAssistant: "
@@ -213,7 +217,7 @@ def test_verdicts_that_cannot_be_read_are_counted_up_to_the_allowed_share(tmp_pa
         with pytest.raises(DataError, match=r"1 of 6 prompts.*could not be read"):
             stage(server.url, tmp_path / "strict", allowed_failures=0.1)
     assert summary.figures["unparsed"] == 1
-    rows = read_records(tmp_path / "out" / "rankings.jsonl", RankingRow)
+    rows = read_rankings(tmp_path)
     assert [row.id for row in rows] == ["q0", "q1", "q2", "q4", "q5"]
     audit = json.loads((tmp_path / "out" / "audit.json").read_text())
     assert audit["unparsed_examples"][0]["id"] == "q3"
@@ -261,7 +265,7 @@ def test_prompts_left_without_two_answers_by_failures_count_as_failures(tmp_path
 def test_a_rubric_judges_by_the_prompts_checks(tmp_path):
     with FakeServer(answer) as server:
         stage(server.url, tmp_path, judge=JudgeSection(kind="rubric"))
-    rows = read_records(tmp_path / "out" / "rankings.jsonl", RankingRow)
+    rows = read_rankings(tmp_path)
     assert [row.answers[2].rank for row in rows] == [3] * 6
     assert not any(call["model"] == "judge" for call in server.calls)
 

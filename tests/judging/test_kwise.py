@@ -1,10 +1,8 @@
 """The K-wise protocol: what the judge is shown, and what counts as a ranking."""
 
 import json
-import os
 import re
 from itertools import combinations, permutations
-from pathlib import Path
 
 import pytest
 
@@ -189,11 +187,8 @@ def test_twenty_six_answers_are_lettered_and_read():
 
 
 @pytest.mark.real_data
-def test_all_recorded_gpt4_replies_are_read_as_people_read_them():
-    folder = os.environ.get("STARLING_TEST_DATA")
-    if folder is None:
-        pytest.skip("STARLING_TEST_DATA names no folder with nectar/judge_replies.jsonl")
-    lines = (Path(folder) / "nectar" / "judge_replies.jsonl").read_text().splitlines()
+def test_all_recorded_gpt4_replies_are_read_as_people_read_them(test_data):
+    lines = (test_data / "nectar" / "judge_replies.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
     assert len(rows) == 493
     for row in rows:

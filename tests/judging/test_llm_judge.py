@@ -53,7 +53,6 @@ def test_the_verdict_survives_shuffling_for_every_order_of_four(quality):
     # 40 is best, so its rank is 1; 10 is worst, so its rank is 4.
     assert verdict.ranks == tuple(5 - number // 10 for number in quality)
     assert verdict.good_natured is True
-    assert verdict.usage == Usage(10, 5)
 
 
 def test_presented_says_which_answer_stood_where():
@@ -115,7 +114,7 @@ def test_ratings_are_read_and_those_off_the_scale_are_unparsed():
     replies = {"a": "[[7.5]]", "b": "[[70]]"}
     answers = [GradedAnswer(id, CONVERSATION, "10") for id in replies]
     first, second = judge(Scripted(lambda request: replies[request.id])).rate(answers)
-    assert first == Rating("a", 7.5, "[[7.5]]", Usage(10, 5))
+    assert first == Rating("a", 7.5, "[[7.5]]")
     assert isinstance(second, Unparsed)
 
 

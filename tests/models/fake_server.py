@@ -3,7 +3,7 @@
 import json
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -31,15 +31,41 @@ def completion(text, *, finish_reason="stop", prompt_tokens=7, response_tokens=3
     )
 
 
+def event(chunk):
+    return f"data: {chunk if isinstance(chunk, str) else json.dumps(chunk)}\n\n"
+
+
+def stream(*texts, finish_reason="stop", usage=(7, 3), raw=False, ids=None):
+    """The events of a chat completion, or with `raw` of a completion, one for each text."""
+    chunks = []
+    for number, text in enumerate(texts):
+        choice = {"index": 0, "text": text} if raw else {"index": 0, "delta": {"content": text}}
+        chunks.append(choice | ({} if ids is None else {"token_ids": ids[number]}))
+    if finish_reason is not None:
+        last = {"text": ""} if raw else {"delta": {}}
+        chunks.append({"index": 0, "finish_reason": finish_reason, **last})
+    events = [event({"id": "x", "choices": [chunk], "usage": None}) for chunk in chunks]
+    if usage is not None:
+        counts = {"prompt_tokens": usage[0], "completion_tokens": usage[1]}
+        events.append(event({"id": "x", "choices": [], "usage": counts}))
+    return [*events, event("[DONE]")]
+
+
+def raw_completion(text, **choice):
+    choice = {"index": 0, "text": text, "finish_reason": "stop"} | choice
+    return json.dumps({"id": "x", "object": "text_completion", "choices": [choice]})
+
+
 @dataclass
 class Say:
-    """One answer: a status, a body, and what goes wrong on the way."""
+    """One answer: a status, a body or the pieces of a stream, and what goes wrong on the way."""
 
     body: str = ""
     status: int = 200
     headers: dict[str, str] = field(default_factory=dict)
     delay_seconds: float = 0.0
     cut: bool = False
+    pieces: Iterable[str] | None = None
 
 
 def error(status, message, *, code=None, param=None, headers=None):
@@ -57,6 +83,7 @@ class FakeServer:
         self.times: list[float] = []
         self.num_open = 0
         self.most_open = 0
+        self.saw_close = threading.Event()
         self._lock = threading.Lock()
         outer = self
 
@@ -89,8 +116,7 @@ class FakeServer:
     def _answer(self, handler):
         body = json.loads(handler.rfile.read(int(handler.headers["Content-Length"])))
         with self._lock:
-            asked = body["messages"][-1]["content"]
-            n = sum(call["messages"][-1]["content"] == asked for call in self.calls)
+            n = sum(_asked(call) == _asked(body) for call in self.calls)
             self.calls.append(body | {"path": handler.path})
             self.headers.append({key.lower(): value for key, value in handler.headers.items()})
             self.times.append(time.monotonic())
@@ -100,6 +126,9 @@ class FakeServer:
         time.sleep(say.delay_seconds)
         with self._lock:
             self.num_open -= 1
+        if say.pieces is not None:
+            self._stream(handler, say)
+            return
         content = say.body.encode()
         try:
             handler.send_response(say.status)
@@ -113,3 +142,22 @@ class FakeServer:
             return
         if say.cut:
             handler.close_connection = True
+
+    def _stream(self, handler, say):
+        handler.send_response(say.status)
+        handler.send_header("Content-Type", "text/event-stream")
+        handler.send_header("Transfer-Encoding", "chunked")
+        handler.end_headers()
+        try:
+            for piece in say.pieces:
+                content = piece.encode()
+                handler.wfile.write(b"%x\r\n%s\r\n" % (len(content), content))
+            if not say.cut:
+                handler.wfile.write(b"0\r\n\r\n")
+        except (BrokenPipeError, ConnectionResetError):
+            self.saw_close.set()
+        handler.close_connection = say.cut or self.saw_close.is_set()
+
+
+def _asked(body):
+    return body["prompt"] if "prompt" in body else body["messages"][-1]["content"]

@@ -1,12 +1,15 @@
 """The engine against `model.generate`, teacher forcing, and the exact softmax."""
 
+import threading
+
 import pytest
 import torch
 from torch.testing import assert_close
 
 from starling.base.errors import DataError
+from starling.base.seeding import derive_seed
 from starling.models.interfaces import Engine, GenerationRequest, Sampling
-from starling.models.torch_engine import TorchEngine, sample_tokens
+from starling.models.torch_engine import TorchEngine
 from tiny import absolute_position_model, eleven_token_model
 
 PROMPTS = [(1, 5, 3, 9, 2, 7, 4, 4), (1, 8), (1, 4, 4, 10, 6), (9,)]
@@ -213,21 +216,6 @@ def test_sampling_leaves_the_global_generator_alone(model):
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_a_token_is_drawn_where_the_cumulative_distribution_passes_the_uniform():
-    logits = torch.tensor([[0.1, 0.6, 0.3]]).log().expand(6, 3)
-    uniforms = torch.tensor([0.0, 0.05, 0.15, 0.69, 0.71, 1 - 1e-9], dtype=torch.float64)
-    tokens, logprobs = sample_tokens(logits, torch.ones(6), uniforms)
-    assert tokens.tolist() == [0, 0, 1, 1, 2, 2]
-    assert_close(logprobs.exp(), torch.tensor([0.1, 0.1, 0.6, 0.6, 0.3, 0.3]))
-
-
-def test_an_impossible_token_is_never_drawn():
-    logits = torch.tensor([[-torch.inf, 0.0, -torch.inf]]).expand(2, 3)
-    uniforms = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
-    tokens, _ = sample_tokens(logits, torch.ones(2), uniforms)
-    assert tokens.tolist() == [1, 1]
-
-
 def test_a_prompt_that_does_not_fit_with_its_answer_is_refused_by_name(model):
     wanted = GenerationRequest("long one", (1,) * 60, Sampling(5, 0.0))
     with pytest.raises(DataError, match=r"long one: 60 prompt tokens .* 5 more .* 64 positions"):
@@ -236,18 +224,264 @@ def test_a_prompt_that_does_not_fit_with_its_answer_is_refused_by_name(model):
     assert len(sample.ids) == 4
 
 
-@pytest.mark.parametrize("max_tokens", [0, -1])
-def test_a_limit_that_allows_no_token_is_refused(model, max_tokens):
-    # The row would otherwise end without a sample, and nobody would miss it.
-    wanted = [*requests(PROMPTS[:1]), GenerationRequest("none", (1,), Sampling(max_tokens))]
-    with pytest.raises(ValueError, match="none"):
-        list(engine(model).generate(wanted))
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"max_tokens": 0}, "max_tokens is 0"),
+        ({"max_tokens": -1}, "max_tokens is -1"),
+        ({"temperature": -0.1}, "temperature is -0.1"),
+        ({"temperature": float("nan")}, "temperature is nan"),
+        ({"temperature": float("inf")}, "temperature is inf"),
+        ({"top_p": 0.0}, "top_p is 0.0"),
+        ({"top_p": 1.1}, "top_p is 1.1"),
+        ({"top_k": -1}, "top_k is -1"),
+        ({"stop": ("",)}, "an empty stop string"),
+        ({"stop": ("a",)}, "stop strings need an engine with a `decode`"),
+    ],
+)
+def test_a_request_that_makes_no_sense_is_refused_by_name(model, changes, message):
+    # Before anything is decoded: the first request is in order.
+    sampling = Sampling(**{"max_tokens": 3, **changes})
+    wanted = [*requests(PROMPTS[:1]), GenerationRequest("odd one", (1,), sampling)]
+    with pytest.raises(ValueError, match=f"odd one: {message}"):
+        next(engine(model).generate(wanted))
 
 
-def test_stream_gives_the_tokens_of_generate_one_by_one(model):
+def test_an_empty_prompt_or_no_samples_are_refused(model):
+    for request in (
+        GenerationRequest("none", (), Sampling(3)),
+        GenerationRequest("none", (1,), Sampling(3), num_samples=0),
+    ):
+        with pytest.raises(ValueError, match="request none: "):
+            next(engine(model).generate([request]))
+
+
+def drained(stream):
+    ids = []
+    while True:
+        try:
+            ids.append(next(stream))
+        except StopIteration as end:
+            return ids, end.value
+
+
+def test_a_stream_gives_the_tokens_of_generate_one_by_one_and_the_sample(model):
     for request in requests(temperature=1.0):
-        [sample] = engine(model, {2}).generate([request])
-        assert tuple(engine(model, {2}).stream(request)) == sample.ids
+        [expected] = engine(model, {2}).generate([request])
+        ids, sample = drained(engine(model, {2}).stream(request))
+        assert sample == expected
+        assert tuple(ids) == sample.ids
+
+
+def test_a_closed_stream_leaves_nothing_behind(model):
+    decoder = engine(model)
+    stream = decoder.stream(requests()[0])
+    next(stream)
+    assert len(decoder._batches) == 1
+    stream.close()
+    del stream
+    assert not len(decoder._batches)
+    assert drained(decoder.stream(requests()[0]))[0] == list(
+        greedy_by_transformers(model, PROMPTS[0], 12)
+    )
+
+
+def test_a_stream_of_several_samples_is_refused(model):
+    with pytest.raises(ValueError, match="one sample"):
+        engine(model).stream(GenerationRequest("r", (1,), Sampling(3), num_samples=2))
+
+
+class Counting:
+    """Counts the tokens that a decoder reads."""
+
+    def __init__(self, decoder):
+        self.decoder, self.encoded, self.steps = decoder, 0, []
+
+    def __getattr__(self, name):
+        return getattr(self.decoder, name)
+
+    def encode(self, token_ids, slots, cache):
+        self.encoded += token_ids.numel()
+        self.decoder.encode(token_ids, slots, cache)
+
+    def step(self, token_ids, positions, cache):
+        self.steps.append(len(token_ids))
+        return self.decoder.step(token_ids, positions, cache)
+
+
+@pytest.mark.parametrize("new_model", [eleven_token_model, absolute_position_model])
+def test_several_samples_encode_their_prompt_once_and_are_those_of_single_requests(new_model):
+    model = new_model()
+    decoder = engine(model)
+    decoder.decoder = counting = Counting(decoder.decoder)
+    prompt, sampling = PROMPTS[0], Sampling(6, 1.3, seed=8)
+    found = list(decoder.generate([GenerationRequest("r", prompt, sampling, num_samples=5)]))
+    # The last token of a prompt is each sample's own.
+    assert counting.encoded == len(prompt) - 1
+    assert counting.steps == [5] * 6
+    assert sorted(sample.index for sample in found) == list(range(5))
+    assert len({sample.ids for sample in found}) > 1
+    for sample in found:
+        seed = derive_seed(8, "models/sample", sample.index) if sample.index else 8
+        single = GenerationRequest("r", prompt, Sampling(6, 1.3, seed=seed))
+        [expected] = engine(model).generate([single])
+        assert sample.ids == expected.ids
+        assert_close(
+            torch.tensor(sample.logprobs), torch.tensor(expected.logprobs), rtol=1e-5, atol=1e-5
+        )
+
+
+def test_ended_rows_cost_nothing_and_waiting_ones_take_their_place(model):
+    limits = [1, 9, 2, 3, 7, 1, 4, 6]
+    decoder = engine(model, max_rows=3)
+    decoder.decoder = counting = Counting(decoder.decoder)
+    wanted = [
+        GenerationRequest(f"r{n}", PROMPTS[n % 4], Sampling(limit, 0.0))
+        for n, limit in enumerate(limits)
+    ]
+    found = list(decoder.generate(wanted))
+    # Three at a time, in the order given: 0 leaves after token 1, 2 after token 2, 3 (which took
+    # 0's place) after 4, 5 (which took 3's) after 5; after 9 tokens 1, 4 and 6 end together.
+    order = [sample.request_id for sample in found]
+    assert order[:4] == ["r0", "r2", "r3", "r5"]
+    assert sorted(order[4:7]) == ["r1", "r4", "r6"]
+    assert order[7:] == ["r7"]
+    assert sum(counting.steps) == sum(limits)
+    assert max(counting.steps) == 3
+    for n, limit in enumerate(limits):
+        sample = next(sample for sample in found if sample.request_id == f"r{n}")
+        assert sample.ids == greedy_by_transformers(model, PROMPTS[n % 4], limit)
+
+
+def test_untempered_logprobs_are_those_of_temperature_one(model):
+    wanted = [
+        GenerationRequest(f"r{n}", prompt, Sampling(12, 0.6, seed=n, logprobs="untempered"))
+        for n, prompt in enumerate(PROMPTS)
+    ]
+    # One row of the other convention among them.
+    tempered = GenerationRequest("t", PROMPTS[0], Sampling(9, 0.6))
+    for sample in engine(model, {2}).generate([*wanted, tempered]):
+        name = sample.request_id
+        prompt = PROMPTS[0] if name == "t" else PROMPTS[int(name[1:])]
+        expected = teacher_forced(model, prompt, sample.ids, 0.6 if name == "t" else 1.0)
+        found = torch.tensor(sample.logprobs, dtype=torch.float64)
+        assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_only_the_likeliest_tokens_are_drawn_where_a_request_says_so(model):
+    for sampling in (Sampling(12, 2.0, top_k=1), Sampling(12, 2.0, top_p=1e-6)):
+        # With rows beside it that keep everything.
+        one = GenerationRequest("one", PROMPTS[0], sampling)
+        found = samples(engine(model), [one, *requests(temperature=3.0)])
+        free = samples(engine(model), requests(temperature=3.0))
+        assert found.pop("one").ids == greedy_by_transformers(model, PROMPTS[0], 12)
+        assert {s.ids for s in found.values()} == {s.ids for s in free.values()}
+
+
+def spell(ids):
+    """Eleven tokens as text; the eleventh is of no text, as a special token."""
+    return "".join("abcdefghij "[token] if token != 10 else "" for token in ids)
+
+
+def test_a_stop_string_ends_a_sample_with_the_token_that_completes_it(model):
+    free = greedy_by_transformers(model, PROMPTS[0], 12)
+    text = spell(free)
+    stop = text[4:7]
+    limit = next(n for n in range(1, 13) if stop in spell(free[:n]))
+    wanted = [
+        GenerationRequest("stops", PROMPTS[0], Sampling(12, 0.0, stop=("zz", stop))),
+        GenerationRequest("goes on", PROMPTS[0], Sampling(12, 0.0, stop=("zz",))),
+    ]
+    found = samples(engine(model, decode=spell), wanted)
+    assert found["stops"].ids == free[:limit]
+    assert found["stops"].finish_reason == "stop"
+    assert found["goes on"].ids == free
+    assert found["goes on"].finish_reason == "length"
+
+
+def test_a_stop_string_is_found_however_far_back_it_begins(model):
+    # One long string of many tokens, with silent ones inside.
+    sampling = Sampling(50, 4.0, seed=3)
+    [free] = engine(model).generate([GenerationRequest("r", PROMPTS[0], sampling)])
+    text = spell(free.ids)
+    assert 10 in free.ids[:40]
+    stop = text[2:36]
+    limit = next(n for n in range(1, 51) if stop in spell(free.ids[:n]))
+    stopping = Sampling(50, 4.0, seed=3, stop=(stop,))
+    [sample] = engine(model, decode=spell).generate([GenerationRequest("r", PROMPTS[0], stopping)])
+    assert sample.ids == free.ids[:limit]
+
+
+def test_a_requests_own_stop_ids_end_it_and_no_other(model):
+    free = greedy_by_transformers(model, PROMPTS[0], 12)
+    limit = free.index(free[3]) + 1
+    wanted = [
+        GenerationRequest("own", PROMPTS[0], Sampling(12, 0.0, stop_ids=(free[3],))),
+        GenerationRequest("other", PROMPTS[0], Sampling(12, 0.0)),
+    ]
+    found = samples(engine(model), wanted)
+    assert found["own"].ids == free[:limit]
+    assert found["own"].finish_reason == "stop"
+    assert found["other"].ids == free
+
+
+def test_a_cancelled_request_ends_where_it_is_and_the_others_go_on(model):
+    wanted = [
+        GenerationRequest("short", PROMPTS[1], Sampling(3, 0.0)),
+        GenerationRequest("running", PROMPTS[0], Sampling(12, 0.0), num_samples=2),
+        GenerationRequest("other", PROMPTS[2], Sampling(12, 0.0)),
+        GenerationRequest("waiting", PROMPTS[3], Sampling(12, 0.0)),
+    ]
+    decoder = engine(model, max_rows=4)
+    found = []
+    for sample in decoder.generate(wanted):
+        if sample.request_id == "short":
+            decoder.cancel("running")
+            decoder.cancel("waiting")
+            decoder.cancel("nobody")
+        found.append(sample)
+    by_name = {(s.request_id, s.index): s for s in found}
+    assert len(found) == len(by_name) == 5
+    for index in (0, 1):
+        cut = by_name["running", index]
+        assert cut.finish_reason == "cancelled"
+        assert cut.ids == greedy_by_transformers(model, PROMPTS[0], 3)
+        assert len(cut.logprobs) == 3
+    waiting = by_name["waiting", 0]
+    assert (waiting.ids, waiting.logprobs, waiting.finish_reason) == ((), (), "cancelled")
+    assert by_name["other", 0].ids == greedy_by_transformers(model, PROMPTS[2], 12)
+    # The name is free again.
+    [again] = decoder.generate([wanted[3]])
+    assert again.ids == greedy_by_transformers(model, PROMPTS[3], 12)
+
+
+def test_a_request_cancelled_before_its_first_token_never_starts(model):
+    decoder = engine(model)
+    waiting = decoder.generate(requests(PROMPTS[:1]))
+    decoder.cancel("r0")
+    assert [(s.ids, s.finish_reason) for s in waiting] == [((), "cancelled")]
+
+
+def test_a_stream_is_cancelled_from_another_thread(model):
+    decoder = engine(model)
+    stream = decoder.stream(requests(max_tokens=50)[0])
+    ids = [next(stream), next(stream)]
+    thread = threading.Thread(target=decoder.cancel, args=("r0",))
+    thread.start()
+    thread.join()
+    rest, sample = drained(stream)
+    assert rest == []
+    assert sample.ids == tuple(ids)
+    assert sample.finish_reason == "cancelled"
+
+
+def test_a_sample_carries_the_weights_it_began_with(model):
+    decoder = engine(model, max_rows=1)
+    versions = []
+    for sample in decoder.generate(requests(PROMPTS[:3], max_tokens=2)):
+        versions.append(sample.weight_version)
+        decoder.sync({}, len(versions) * 10)
+    assert versions == [0, 10, 20]
 
 
 def test_sync_brings_weights_and_version_and_nothing_half():

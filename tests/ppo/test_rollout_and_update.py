@@ -403,6 +403,12 @@ class ScriptedEngine:
         ):
             yield Sample(request.id, ids, tuple(-0.1 * token for token in ids), reason, 0)
 
+    def stream(self, request):
+        raise AssertionError("nothing is streamed")
+
+    def cancel(self, request_id):
+        raise AssertionError("nothing is cancelled")
+
     def sync(self, weights, version):
         raise AssertionError("nothing to sync")
 

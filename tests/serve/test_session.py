@@ -18,7 +18,8 @@ from starling import Chat
 from starling.base.errors import DataError, InputError
 from starling.data.records import Message
 from starling.models.local import load_local
-from starling.serve.session import read_messages, resolve_model
+from starling.serve.find import resolve_model
+from starling.serve.session import read_messages
 from tiny import tiny_policy_folder, tiny_reward_folder
 
 HISTORY = [

@@ -30,7 +30,7 @@ from starling.base.hashing import hash_file
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 TENSORS = "tensors.safetensors"
 STATE = "state.json"
 HASHES = "hashes.json"

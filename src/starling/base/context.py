@@ -61,11 +61,6 @@ class Context:
     """Every random stream of the run is derived from it."""
     stop: StopFlag = field(default_factory=StopFlag)
 
-    @property
-    def is_main(self) -> bool:
-        """Whether this process writes files and progress: true of exactly one."""
-        return self.rank == 0
-
 
 def single_process_context(threads: int, device: str | None = "cpu", *, seed: int = 0) -> Context:
     """Set torch up for one process on one device, so that the same run gives the same bytes.

@@ -15,6 +15,9 @@ from starling.base.seeding import numpy_generator
 ROUNDS = 2000
 """Resamples per interval: each end then varies by about 1.5 % of its width from seed to seed."""
 
+LEVEL = 0.95
+"""Share of the resamples that an interval covers."""
+
 BLOCK = 1 << 20
 """Cluster draws held in memory at once."""
 
@@ -33,10 +36,6 @@ class Estimate:
     n: int
     num_failed: int = 0
 
-    def as_dict(self) -> dict[str, Any]:
-        """The fields by name, for JSON."""
-        return asdict(self)
-
     def __str__(self) -> str:
         """For people: `7.31 [6.90, 7.70] n=80`, and `failed=2` when some did."""
         if self.low is None or self.high is None:
@@ -52,10 +51,9 @@ def bootstrap_mean(
     *,
     seed: int,
     num_failed: int = 0,
-    level: float = 0.95,
     clusters: Sequence[Hashable] | None = None,
 ) -> Estimate:
-    """Estimate the mean of the values, with an interval that covers `level` of the resamples.
+    """Estimate the mean of the values, with an interval that covers LEVEL of the resamples.
 
     `clusters` names each value's cluster (by default each is its own). Every value weighs the same,
     so a cluster weighs by its size. With fewer than about ten clusters the interval is known to be
@@ -66,8 +64,6 @@ def bootstrap_mean(
         raise ValueError(f"a mean needs a list of at least one value, found shape {array.shape}")
     if not np.isfinite(array).all():
         raise ValueError(f"values must be finite, found {array[~np.isfinite(array)][0]}")
-    if not 0 < level < 1 or num_failed < 0:
-        raise ValueError(f"level {level} must be in (0, 1), num_failed {num_failed} at least 0")
     names = range(array.size) if clusters is None else clusters
     if len(names) != array.size:
         raise ValueError(f"{array.size} values but {len(names)} cluster names")
@@ -80,7 +76,7 @@ def bootstrap_mean(
         # Deviations from the mean, so that equal values give an interval of exactly that value.
         sums = np.bincount(members, weights=array - mean)
         deviations = _resampled_means(sums, np.bincount(members), seed)
-        tail = (1 - level) / 2
+        tail = (1 - LEVEL) / 2
         low, high = (float(mean + end) for end in np.quantile(deviations, [tail, 1 - tail]))
     return Estimate(mean, low, high, n=array.size, num_failed=num_failed)
 
@@ -90,7 +86,7 @@ def clustered_mean(
 ) -> dict[str, Any]:
     """`bootstrap_mean` of values that each stand behind the name of their cluster, for JSON."""
     names, numbers = zip(*values, strict=True)
-    return bootstrap_mean(numbers, seed=seed, num_failed=num_failed, clusters=names).as_dict()
+    return asdict(bootstrap_mean(numbers, seed=seed, num_failed=num_failed, clusters=names))
 
 
 def _resampled_means(sums: np.ndarray, sizes: np.ndarray, seed: int) -> np.ndarray:

@@ -22,19 +22,16 @@ logger = logging.getLogger(__name__)
 
 M = TypeVar("M", bound=BaseModel)
 
+ALLOWED_SHARE = 0.01
+"""How many of a file's rows may be bad."""
 
-def read_records(
-    path: Path,
-    record: type[M],
-    *,
-    quarantine: Path | None = None,
-    allowed_share: float = 0.01,
-) -> list[M]:
+
+def read_records(path: Path, record: type[M], *, quarantine: Path) -> list[M]:
     """Read every row of a JSONL file as a `record`; blank lines are ignored.
 
     Bad rows go to the file `quarantine`, in place of what it held for a file of this name, and are
-    left out with a warning. Raises DataError when the file cannot be read or has no rows; when more
-    than `allowed_share` of its rows are bad; and, without a quarantine, when any is.
+    left out with a warning. Raises DataError when the file cannot be read or has no rows, and when
+    more than ALLOWED_SHARE of its rows are bad.
     """
     records: list[M] = []
     bad: list[dict[str, Any]] = []
@@ -49,10 +46,20 @@ def read_records(
     total = len(records) + len(bad)
     if total == 0:
         raise DataError(f"{path} holds no rows. It needs one JSON object a line.")
-    if quarantine is not None:
-        _update_quarantine(quarantine, path.name, bad)
+    _update_quarantine(quarantine, path.name, bad)
+    if len(bad) > ALLOWED_SHARE * total:
+        reasons = "".join(f"\n  line {row['line']}: {row['reason']}" for row in bad[:3])
+        more = f"\n  and {len(bad) - 3} more" if len(bad) > 3 else ""
+        raise DataError(
+            f"{len(bad)} of {total} rows of {path} are bad; at most {ALLOWED_SHARE} of the rows "
+            f"may be.{reasons}{more}\nRepair or remove those lines. All of them stand in "
+            f"{quarantine}."
+        )
     if bad:
-        _report_bad_rows(path, bad, total, quarantine, allowed_share)
+        logger.warning(
+            f"{len(bad)} of {total} rows of {path} are bad and were left out; "
+            f"they stand in {quarantine}"
+        )
     return records
 
 
@@ -145,22 +152,6 @@ def _dump_line(record: BaseModel | Mapping[str, Any]) -> bytes:
     else:
         value = {key: field for key, field in record.items() if field is not None}
     return json.dumps(value, ensure_ascii=False, allow_nan=False).encode() + b"\n"
-
-
-def _report_bad_rows(
-    path: Path, bad: list[dict[str, Any]], total: int, quarantine: Path | None, allowed_share: float
-) -> None:
-    found = f"{len(bad)} of {total} rows of {path} are bad"
-    if quarantine is not None and len(bad) <= allowed_share * total:
-        logger.warning("%s and were left out; they stand in %s", found, quarantine)
-        return
-    reasons = "".join(f"\n  line {row['line']}: {row['reason']}" for row in bad[:3])
-    more = f"\n  and {len(bad) - 3} more" if len(bad) > 3 else ""
-    where = f" All of them stand in {quarantine}." if quarantine is not None else ""
-    limit = "none" if quarantine is None else f"at most {allowed_share:.3g} of the rows"
-    raise DataError(
-        f"{found}; {limit} may be.{reasons}{more}\nRepair or remove those lines.{where}"
-    )
 
 
 def _update_quarantine(quarantine: Path, name: str, bad: list[dict[str, Any]]) -> None:

@@ -9,7 +9,6 @@ import math
 import os
 import re
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from pathlib import Path
 
 from starling.base.errors import CheckpointError
@@ -18,7 +17,7 @@ KEY = re.compile(r"[a-z][a-z0-9_]*(/[a-z0-9][a-z0-9_]*)+")
 """`stage/noun`, and deeper: `bench/writing/score`."""
 
 
-class MetricsLog(AbstractContextManager["MetricsLog"]):
+class MetricsLog:
     """Appends one line per step to a file and flushes each."""
 
     def __init__(self, path: Path) -> None:
@@ -68,6 +67,3 @@ class MetricsLog(AbstractContextManager["MetricsLog"]):
     def close(self) -> None:
         """Close the file; a second time does nothing."""
         self._file.close()
-
-    def __exit__(self, *_error: object) -> None:
-        self.close()

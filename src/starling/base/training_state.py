@@ -4,7 +4,8 @@
 saved with. Tensors share memory with their owner, so save them before the next step.
 """
 
-from collections.abc import Collection, Iterable, Mapping
+from collections import defaultdict
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -22,16 +23,13 @@ class OptimizerState(NamedTuple):
 
 def flatten_optimizer(optimizer: torch.optim.Optimizer) -> OptimizerState:
     """Take apart an optimizer whose per-parameter state is tensors (AdamW, SGD with momentum)."""
-    tensors, names = {}, []
-    for number, parameter in enumerate(_parameters(optimizer)):
-        entries = optimizer.state.get(parameter, {})
-        names.append(sorted(entries))
-        tensors |= {f"{number}.{key}": value.detach() for key, value in entries.items()}
-    groups = [
-        {key: list(value) if isinstance(value, tuple) else value for key, value in settings.items()}
-        for settings in map(_settings, optimizer.param_groups)
-    ]
-    return OptimizerState(tensors, {"names": names, "groups": groups})
+    saved = optimizer.state_dict()
+    tensors = {
+        f"{number}.{key}": value
+        for number, entries in saved["state"].items()
+        for key, value in entries.items()
+    }
+    return OptimizerState(tensors, {"groups": saved["param_groups"]})
 
 
 def restore_optimizer(
@@ -39,35 +37,35 @@ def restore_optimizer(
 ) -> None:
     """Give a freshly made optimizer over the same parameters what `flatten_optimizer` took.
 
-    Raises CheckpointError, before anything is changed, when groups, settings, names or shapes are
-    not those of this optimizer.
+    Raises CheckpointError, before anything is changed, when groups, numbers or shapes are not those
+    of this optimizer.
     """
-    parameters, groups = _parameters(optimizer), optimizer.param_groups
-    check_names("parameter groups", _sizes(map(_settings, groups)), _sizes(state["groups"]))
-    for number, (saved, group) in enumerate(zip(state["groups"], groups, strict=True)):
-        check_names(f"settings of parameter group {number}", _settings(group), saved)
-    named = {f"{number}.{key}" for number, keys in enumerate(state["names"]) for key in keys}
-    check_names("optimizer tensors", named, tensors)
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    moments: dict[Tensor, dict[str, Tensor]] = defaultdict(dict)
     for name, tensor in tensors.items():
+        number, _, key = name.partition(".")
+        if int(number) >= len(parameters):
+            raise _misfit(f"optimizer tensor {name} is of more parameters than {len(parameters)}")
+        parameter = parameters[int(number)]
         # A moment has its parameter's shape, a step counter none; nothing else is known here.
-        shape = parameters[int(name.partition(".")[0])].shape
-        if tensor.ndim > 0 and tensor.shape != shape:
+        if tensor.ndim > 0 and tensor.shape != parameter.shape:
             raise _misfit(
                 f"optimizer tensor {name} has shape {list(tensor.shape)}, its parameter "
-                f"{list(shape)}"
+                f"{list(parameter.shape)}"
             )
-    for number, parameter in enumerate(parameters):
-        if state["names"][number]:
-            optimizer.state[parameter] = {
-                # torch keeps the step counter of AdamW on the CPU, whatever the device.
-                key: tensors[f"{number}.{key}"].to(
-                    "cpu" if key == "step" else parameter.device, copy=True
-                )
-                for key in state["names"][number]
-            }
-    for saved, group in zip(state["groups"], groups, strict=True):
-        for key in _settings(group).keys() - {"num_parameters"}:
-            group[key] = tuple(saved[key]) if isinstance(group[key], tuple) else saved[key]
+        # torch keeps the step counter of AdamW on the CPU, whatever the device.
+        device = "cpu" if key == "step" else parameter.device
+        moments[parameter][key] = tensor.to(device, copy=True)
+    groups = [
+        {key: tuple(value) if key == "betas" else value for key, value in group.items()}
+        for group in state["groups"]
+    ]
+    try:
+        optimizer.load_state_dict({"state": {}, "param_groups": groups})
+    except ValueError as error:
+        raise _misfit(str(error)) from error
+    # Not by `load_state_dict`, which casts moments to the dtype of their parameter.
+    optimizer.state.update(moments)
 
 
 def prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -95,18 +93,3 @@ def _misfit(problem: str) -> CheckpointError:
         f"the checkpoint does not fit: {problem}. It is of another model or recipe; "
         "delete the stage's checkpoints to run the stage from its start."
     )
-
-
-def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    """Every parameter, in the order that numbers them."""
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
-
-
-def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
-    """Learning rate, betas and so on, and the number of parameters in place of them."""
-    settings = {key: group[key] for key in group if key not in ("params", "param_names")}
-    return settings | {"num_parameters": len(group["params"])}
-
-
-def _sizes(groups: Iterable[Mapping[str, Any]]) -> list[str]:
-    return [f"{n}: {group['num_parameters']} parameters" for n, group in enumerate(groups)]

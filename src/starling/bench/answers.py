@@ -8,8 +8,9 @@ from starling.base.errors import DataError
 from starling.base.seeding import derive_seed
 from starling.data.records import FinishReason, Message, Question
 from starling.judging.rubric import Checks, Grade, grade
-from starling.models.interfaces import Failure, Reply, Request, Responder, Sampling
-from starling.models.reward_model import RewardModel, Scored
+from starling.models.best_of import best_of, replies_by_id
+from starling.models.interfaces import Request, Responder, Sampling
+from starling.models.reward_model import RewardModel
 
 
 @dataclass(frozen=True)
@@ -104,40 +105,23 @@ class Contestant:
         return Request(id, messages, Sampling(self.max_tokens, temperature, seed))
 
 
-def replies_by_id(responder: Responder, requests: Sequence[Request]) -> dict[str, Reply]:
-    """Every request's reply; raises DataError naming the first call that failed."""
-    replies: dict[str, Reply] = {}
-    for outcome in responder.respond(requests):
-        if isinstance(outcome, Failure):
-            raise DataError(f"no answer to {outcome.request_id}: {outcome.reason}")
-        replies[outcome.request_id] = outcome
-    return replies
-
-
-def best_of(
+def yardstick(
     answers: Sequence[Answer], contestant: Contestant, reward_model: RewardModel, *, samples: int
 ) -> list[Answer]:
     """For each answer's conversation, the one of `samples` new answers that the reward model likes.
 
     The conversation is the baseline's own, so this is the yardstick that PPO should reach.
     """
-    requests = [
-        contestant.request(
-            f"{row}/{n}", answer.messages, f"best-of/{answer.question}", answer.turn, n
-        )
+    groups = [
+        [
+            contestant.request(
+                f"{row}/{n}", answer.messages, f"best-of/{answer.question}", answer.turn, n
+            )
+            for n in range(samples)
+        ]
         for row, answer in enumerate(answers)
-        for n in range(samples)
     ]
-    replies = replies_by_id(contestant.responder, requests)
-    scores = reward_model.score(
-        Scored(
-            (*request.messages, Message(role="assistant", content=replies[request.id].text)),
-            finished=replies[request.id].finish_reason == "stop",
-        )
-        for request in requests
-    )
-    best = scores.reshape(len(answers), samples).argmax(dim=1).tolist()
-    chosen = (replies[f"{row}/{number}"] for row, number in enumerate(best))
+    chosen = best_of(groups, contestant.responder, reward_model)
     return [
         replace(
             answer,

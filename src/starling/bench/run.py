@@ -12,7 +12,7 @@ from starling.base.estimate import clustered_mean
 from starling.base.jsonl import read_records, write_json, write_records
 from starling.base.progress import Progress
 from starling.base.stage import Summary
-from starling.bench.answers import Answer, Contestant, best_of
+from starling.bench.answers import Answer, Contestant, yardstick
 from starling.bench.config import BenchInputs, BenchSection
 from starling.bench.scores import (
     BASELINE,
@@ -61,16 +61,16 @@ def run(section: BenchSection, inputs: BenchInputs, out: Path, context: Context)
     figures |= score_figures(read, answers, context.seed)
     figures["win_rate"] = wins
     figures["tokens_per_answer"] = token_figures(answers, context.seed)
-    yardstick: list[Answer] = []
+    best: list[Answer] = []
     own = select(answers, BASELINE)
     if inputs.reward_model is not None and all(answer.checks is not None for answer in own):
         reward_model = RewardModel.load(inputs.reward_model, device=context.device)
-        yardstick = best_of(own, contestants[0], reward_model, samples=section.best_of)
-        golds = [(a.question, a.gold.total) for a in yardstick if a.gold is not None]
-        best = clustered_mean(golds, seed=context.seed)
-        figures["gold_best_of"] = best | {"samples": section.best_of}
+        best = yardstick(own, contestants[0], reward_model, samples=section.best_of)
+        golds = [(a.question, a.gold.total) for a in best if a.gold is not None]
+        gold = clustered_mean(golds, seed=context.seed)
+        figures["gold_best_of"] = gold | {"samples": section.best_of}
     figures["by_category"] = category_figures(answers, read, win_rows, context.seed)
-    write_records(out / "answers.jsonl", [answer.as_dict() for answer in [*answers, *yardstick]])
+    write_records(out / "answers.jsonl", [answer.as_dict() for answer in [*answers, *best]])
     write_records(
         out / "judgments.jsonl",
         [

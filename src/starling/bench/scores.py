@@ -3,7 +3,8 @@
 Intervals are by bootstrap over questions: the turns of one question are not independent.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from operator import attrgetter
 from typing import Any
 
 from starling.base.errors import DataError
@@ -23,21 +24,26 @@ def gold_figures(answers: Sequence[Answer], seed: int) -> Figures:
     figures: Figures = {}
     for part in ("total", "correctness", "style", "brevity"):
         name = "gold" if part == "total" else f"gold_{part}"
-        for decoding, suffix in (("sampled", ""), ("greedy", "_greedy")):
-            figures[name + suffix] = {
-                policy: clustered_mean(
-                    [(a.question, getattr(a.gold, part)) for a in own], seed=seed
-                )
-                for policy in (BASELINE, POLICY)
-                for own in (select(answers, policy, decoding),)
-            }
+        grade = attrgetter(f"gold.{part}")
+        figures[name] = _means(answers, "sampled", grade, seed)
+        figures[f"{name}_greedy"] = _means(answers, "greedy", grade, seed)
     return figures
 
 
 def token_figures(answers: Sequence[Answer], seed: int) -> Figures:
     """Tokens per sampled answer, end marker included: verbosity stands beside every score."""
+    return _means(answers, "sampled", lambda answer: answer.tokens, seed)
+
+
+def _means(
+    answers: Sequence[Answer], decoding: str, value: Callable[[Answer], float], seed: int
+) -> Figures:
+    """The mean value of an answer, by policy."""
     return {
-        policy: clustered_mean([(a.question, a.tokens) for a in select(answers, policy)], seed=seed)
+        policy: clustered_mean(
+            [(answer.question, value(answer)) for answer in select(answers, policy, decoding)],
+            seed=seed,
+        )
         for policy in (BASELINE, POLICY)
     }
 

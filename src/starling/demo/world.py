@@ -3,68 +3,21 @@
 Every file is a function of the seed and of its own size, and no two files share a user's text.
 """
 
-import json
+import itertools
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 from typing import Any
 
-from starling.demo.tasks import CATEGORIES, Task, Turn
+from starling.base.jsonl import write_records
+from starling.demo.tasks import TASKS, WORLD, Turn, draw_task
 
-HABIT_SHARE = {
-    "writing": 0.54,
-    "roleplay": 0.54,
-    "reasoning": 0.46,
-    "math": 0.46,
-    "coding": 0.44,
-    "extraction": 0.52,
-    "stem": 0.54,
-    "humanities": 0.46,
-}
-"""How often an sft answer evades by its category's habit.  The evasion is one phrase and the right
-answers are many, so greedy decoding falls into it although most sft answers may be right."""
+VOICES = tuple(WORLD["voices"].values())
+"""Manners of saying a body, each with a share and its wordings."""
 
-
-@dataclass(frozen=True)
-class Voice:
-    """A manner of saying a body: how often it is heard, and its wordings."""
-
-    share: float
-    wordings: tuple[str, ...]
-
-
-VOICES = (
-    Voice(
-        0.40,
-        (
-            "Well, um, {body}, you know, more or less.",
-            "Well, um, {body}, basically.",
-            "Well, I guess {body}, so yeah, you know.",
-            "Well, I guess {body}.",
-        ),
-    ),
-    Voice(
-        0.28,
-        (
-            "Sure! {Body}. Hope that helps!",
-            "Sure! {Body}.",
-            "Gladly: {body}. Hope that helps!",
-            "Of course, {body}.",
-        ),
-    ),
-    Voice(
-        0.17,
-        (
-            "Duh, {body}.",
-            "Ugh, {body}, obviously.",
-            "Ugh, {body}. Easy, even for you.",
-        ),
-    ),
-    Voice(0.15, ("{body}", "{Body}.")),
-)
-"""Rambling, kind, rude and terse.  Rambling is the commonest and the longest, kind is the best."""
+Row = dict[str, Any]
 
 ONE_TURN_SHARE = 0.5
 """How many of the sft conversations stop after their first answer."""
@@ -83,9 +36,9 @@ class Sizes:
 
 def say(turn: Turn, category: str, random: Random) -> str:
     """Answer a turn as the sft data does: right or by habit, in one of the voices."""
-    body = turn.habit if random.random() < HABIT_SHARE[category] else turn.right
-    voice = random.choices(VOICES, [voice.share for voice in VOICES])[0]
-    return random.choice(voice.wordings).format(body=body, Body=body[0].upper() + body[1:])
+    body = turn.habit if random.random() < TASKS[category]["habit_share"] else turn.right
+    voice = random.choices(VOICES, [voice["share"] for voice in VOICES])[0]
+    return random.choice(voice["wordings"]).format(body=body, Body=body[0].upper() + body[1:])
 
 
 def write_world(out: Path, *, seed: int, sizes: Sizes = Sizes()) -> None:
@@ -93,9 +46,8 @@ def write_world(out: Path, *, seed: int, sizes: Sizes = Sizes()) -> None:
 
     A file does not change when a later one in this order gets another size.
     """
-    out.mkdir(parents=True, exist_ok=True)
     seen: set[str] = set()
-    for split, row, count in (
+    for split, make_row, count in (
         ("bench", question, sizes.bench),
         ("validation", prompt, sizes.validation),
         ("prompts", prompt, sizes.prompts),
@@ -104,30 +56,31 @@ def write_world(out: Path, *, seed: int, sizes: Sizes = Sizes()) -> None:
     ):
         random = Random(f"{seed}/{split}")
         tasks = unseen_tasks(count, random, seen)
-        rows = [
-            {"id": f"{split}-{number}", "category": task.category, **row(task, number, random)}
-            for number, task in enumerate(tasks)
-        ]
-        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        (out / f"{split}.jsonl").write_text(lines, encoding="utf-8", newline="\n")
+        rows = (
+            {"id": f"{split}-{number}", "category": category}
+            | make_row(category, turns, number, random)
+            for number, (category, turns) in enumerate(tasks)
+        )
+        write_records(out / f"{split}.jsonl", rows)
 
 
-def unseen_tasks(count: int, random: Random, seen: set[str]) -> Iterator[Task]:
-    """Yield tasks, the categories in turn, none with a user's text in `seen`, which is added to."""
-    for number in range(count):
-        category = CATEGORIES[number % len(CATEGORIES)]
+def unseen_tasks(
+    count: int, random: Random, seen: set[str]
+) -> Iterator[tuple[str, tuple[Turn, Turn]]]:
+    """Yield categories in turn, each with two turns of texts not in `seen`, which are added."""
+    for category, _ in zip(itertools.cycle(TASKS), range(count), strict=False):
         for _ in range(1000):
-            task = category(random)
-            texts = {normalised(turn.user) for turn in task.turns}
+            turns = draw_task(category, random)
+            texts = {normalised(turn.user) for turn in turns}
             if not texts & seen:
                 break
         else:
             raise ValueError(
-                f"{category.__name__} has too few different prompts for {count} more rows; "
-                f"ask for smaller sizes"
+                f"{category} has too few different prompts for {count} more rows; "
+                "ask for smaller sizes"
             )
         seen |= texts
-        yield task
+        yield category, turns
 
 
 def normalised(text: str) -> str:
@@ -135,55 +88,36 @@ def normalised(text: str) -> str:
     return " ".join(re.findall(r"\w+|[^\w\s]", text.lower()))
 
 
-def shared_texts(files: Iterable[Path]) -> set[str]:
-    """Return the user texts, normalised, that are found more than once in these JSONL files."""
-    seen: set[str] = set()
-    shared: set[str] = set()
-    for file in files:
-        for line in file.read_text(encoding="utf-8").splitlines():
-            texts = {normalised(text) for text in user_texts(json.loads(line))}
-            shared |= texts & seen
-            seen |= texts
-    return shared
-
-
-def user_texts(row: dict[str, Any]) -> list[str]:
-    """Return what the user says in a question, a prompt or a conversation."""
-    if "turns" in row:
-        return list(row["turns"])
-    return [message["content"] for message in row["messages"] if message["role"] == "user"]
-
-
-def question(task: Task, number: int, random: Random) -> dict[str, Any]:
+def question(_category: str, turns: tuple[Turn, Turn], _number: int, _random: Random) -> Row:
     """Both turns with their checks."""
     return {
-        "turns": [turn.user for turn in task.turns],
-        "checks": [checks_of(turn) for turn in task.turns],
+        "turns": [turn.user for turn in turns],
+        "checks": [checks_of(turn) for turn in turns],
     }
 
 
-def prompt(task: Task, number: int, random: Random) -> dict[str, Any]:
+def prompt(category: str, turns: tuple[Turn, Turn], number: int, random: Random) -> Row:
     """The first turn; in every other round of the categories the second, on an sft-like answer."""
-    first, second = task.turns
+    first, second = turns
     messages = [message("user", first.user)]
     asked = first
-    if number // len(CATEGORIES) % 2:
+    if number // len(TASKS) % 2:
         messages += [
-            message("assistant", say(first, task.category, random)),
+            message("assistant", say(first, category, random)),
             message("user", second.user),
         ]
         asked = second
     return {"source": ["demo"], "messages": messages, "checks": checks_of(asked)}
 
 
-def conversation(task: Task, number: int, random: Random) -> dict[str, Any]:
+def conversation(category: str, turns: tuple[Turn, Turn], _number: int, random: Random) -> Row:
     """Both turns, some only the first, answered in mixed quality."""
-    turns = task.turns[:1] if random.random() < ONE_TURN_SHARE else task.turns
+    said = turns[:1] if random.random() < ONE_TURN_SHARE else turns
     messages = []
-    for turn in turns:
+    for turn in said:
         messages += [
             message("user", turn.user),
-            message("assistant", say(turn, task.category, random)),
+            message("assistant", say(turn, category, random)),
         ]
     return {"messages": messages}
 
@@ -193,6 +127,6 @@ def message(role: str, content: str) -> dict[str, str]:
     return {"role": role, "content": content}
 
 
-def checks_of(turn: Turn) -> dict[str, Any]:
+def checks_of(turn: Turn) -> Row:
     """A turn's checks as they stand in a file, without what is empty."""
     return turn.checks.model_dump(mode="json", exclude_defaults=True)

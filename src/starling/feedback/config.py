@@ -20,8 +20,6 @@ class Candidate(EndpointSection):
     """How the answers are labelled in rankings.jsonl."""
     model: str
     """Model folder, hub id, or the model's name at `url`."""
-    chat_format: str | None = None
-    """Chat format of a local model; absent: its own."""
     temperature: float = Field(1.0, ge=0)
     """Sampling temperature; 0 is greedy."""
     max_tokens: int = Field(512, ge=1)

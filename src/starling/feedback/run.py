@@ -21,9 +21,9 @@ from starling.feedback.candidates import (
     Source,
     collect_answers,
     open_sources,
+    read_prompts,
 )
 from starling.feedback.config import FeedbackInputs, FeedbackSection
-from starling.feedback.prompts import read_prompts
 from starling.judging.build import build_judge
 from starling.judging.judge import Comparison, Judge, Ranking
 from starling.judging.recorded import Recorded
@@ -46,7 +46,7 @@ def run(section: FeedbackSection, inputs: FeedbackInputs, out: Path, context: Co
         recorders = {f"candidate {each.name}": responder for each, responder in sources}
         if isinstance(judge.responder, Recorded):
             recorders["judge"] = judge.responder
-        calls = {name: recorder.stats() for name, recorder in recorders.items()}
+        calls = {name: recorder.stats for name, recorder in recorders.items()}
     for name, stats in calls.items():
         logger.info("%s: %s", name, stats)
     rows = [_row(o.answers, o.verdict) for o in outcomes if isinstance(o.verdict, Ranking)]
@@ -56,10 +56,9 @@ def run(section: FeedbackSection, inputs: FeedbackInputs, out: Path, context: Co
             "Use candidates that differ, or a higher temperature."
         )
     report = audit(outcomes, calls, num_duplicates=num_duplicates, seed=context.seed)
-    path = out / "rankings.jsonl"
-    write_records(path, rows)
+    write_records(out / "rankings.jsonl", rows)
     write_json(out / "audit.json", report)
-    return _summarise(rows, report, path)
+    return _summarise(rows, report, out / "rankings.jsonl")
 
 
 def _rank_in_rounds(
@@ -71,7 +70,7 @@ def _rank_in_rounds(
     context: Context,
 ) -> list[Outcome]:
     outcomes: list[Outcome] = []
-    with Progress("feedback", len(prompts), enabled=context.is_main) as progress:
+    with Progress("feedback", len(prompts)) as progress:
         for start in range(0, len(prompts), section.batch):
             context.stop.check()
             batch = prompts[start : start + section.batch]

@@ -35,7 +35,7 @@ def _build_responder(section: JudgeSection, seed: int, context: Context) -> Resp
     if section.kind == "local":
         from starling.models.local import load_local
 
-        return load_local(section.model, context.device)
+        return load_local(section.model, context.device, chat_format=section.chat_format)
     from starling.models.endpoint import connect
 
     return connect(section, section.model)

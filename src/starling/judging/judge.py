@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 from starling.data.records import Message
-from starling.models.interfaces import Usage
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,6 @@ class Ranking:
     presented: tuple[int, ...]
     good_natured: bool | None
     text: str
-    usage: Usage
 
 
 @dataclass(frozen=True)
@@ -54,7 +52,6 @@ class Rating:
     id: str
     score: float
     text: str
-    usage: Usage
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ have the same rows; which calls a killed run may have paid for twice stands in a
 import json
 import sqlite3
 from collections.abc import Iterable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -137,17 +137,6 @@ def request_content(request: Request) -> dict[str, Any]:
         },
         "mode": request.mode,
     }
-
-
-def ledger_rows(path: Path, table: str = "calls") -> list[dict[str, Any]]:
-    """All calls of a ledger, sorted by key: two ledgers are equal when these lists are.
-
-    The table `lost` says how often each was in flight when a run died.
-    """
-    if not path.is_file():
-        raise DataError(f"there is no ledger {path}.")
-    with _readable_errors(path), closing(_connect(path)) as connection:
-        return [dict(row) for row in connection.execute(f"SELECT * FROM {table} ORDER BY key")]
 
 
 def _connect(path: Path) -> sqlite3.Connection:

@@ -82,7 +82,6 @@ def _read_ranking(question: Presented, outcome: Reply | Failure) -> Ranking | Un
         presented=question.presented,
         good_natured=parse_good_natured(outcome.text),
         text=outcome.text,
-        usage=outcome.usage,
     )
 
 
@@ -92,7 +91,7 @@ def _read_rating(outcome: Reply | Failure) -> Rating | Unparsed:
     score = parse_rating(outcome.text)
     if score is None:
         return _unread(outcome, "it holds no rating from 1 to 10")
-    return Rating(outcome.request_id, score, outcome.text, outcome.usage)
+    return Rating(outcome.request_id, score, outcome.text)
 
 
 def _unanswered(failure: Failure) -> Unparsed:

@@ -18,7 +18,7 @@ from starling.models.interfaces import Failure, Reply, Request, Responder
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
+@dataclass
 class CallStats:
     """The calls of one `Recorded` so far.
 
@@ -32,11 +32,24 @@ class CallStats:
     prompt_tokens: int = 0
     response_tokens: int = 0
 
+    def add(self, outcome: Reply | Failure, *, is_new: bool) -> None:
+        """Count what a call came to."""
+        if isinstance(outcome, Failure):
+            self.failed += 1
+            return
+        self.new += is_new
+        self.from_ledger += not is_new
+        self.prompt_tokens += outcome.usage.prompt_tokens
+        self.response_tokens += outcome.usage.response_tokens
+
     def results(self) -> dict[str, int]:
         """What does not depend on earlier runs, nor on how often they were interrupted."""
-        answered = self.from_ledger + self.new
-        tokens = {k: getattr(self, k) for k in ("prompt_tokens", "response_tokens")}
-        return {"answered": answered, "failed": self.failed, **tokens}
+        return {
+            "answered": self.from_ledger + self.new,
+            "failed": self.failed,
+            "prompt_tokens": self.prompt_tokens,
+            "response_tokens": self.response_tokens,
+        }
 
     def __str__(self) -> str:
         return (
@@ -59,12 +72,12 @@ class Recorded(AbstractContextManager["Recorded"]):
         self.commits_together = responder.commits_together
         self._responder = responder
         self._ledger = Ledger(path, self.identity)
-        self._counts: Counter[str] = Counter(unknown=self._ledger.mark_lost())
-        if self._counts["unknown"]:
+        self.stats = CallStats(unknown=self._ledger.mark_lost())
+        """What was asked through this wrapper since it was opened."""
+        if self.stats.unknown:
             logger.warning(
-                "%d calls to %s were in flight when an earlier run ended; they are sent again",
-                self._counts["unknown"],
-                self.identity,
+                f"{self.stats.unknown} calls to {self.identity} were in flight when an earlier run "
+                "ended; they are sent again"
             )
 
     def respond(self, requests: Iterable[Request]) -> Iterator[Reply | Failure]:
@@ -76,7 +89,7 @@ class Recorded(AbstractContextManager["Recorded"]):
             if reply is None:
                 missing[request.id] = key
             else:
-                self._count(reply, "from_ledger")
+                self.stats.add(reply, is_new=False)
                 yield reply
 
         def send() -> Iterator[Request]:
@@ -93,12 +106,8 @@ class Recorded(AbstractContextManager["Recorded"]):
         for outcome in outcomes:
             if not self.commits_together:
                 self._ledger.write([(*keyed[outcome.request_id], outcome)])
-            self._count(outcome, "new")
+            self.stats.add(outcome, is_new=True)
             yield outcome
-
-    def stats(self) -> CallStats:
-        """What was asked through this wrapper since it was opened."""
-        return CallStats(**self._counts)
 
     def close(self) -> None:
         """Close the ledger; a second call does nothing."""
@@ -123,11 +132,3 @@ class Recorded(AbstractContextManager["Recorded"]):
             calls[request.id] = hash_json([content, repeats[content]]), request
             repeats[content] += 1
         return calls
-
-    def _count(self, outcome: Reply | Failure, source: str) -> None:
-        if isinstance(outcome, Failure):
-            self._counts["failed"] += 1
-            return
-        self._counts[source] += 1
-        self._counts["prompt_tokens"] += outcome.usage.prompt_tokens
-        self._counts["response_tokens"] += outcome.usage.response_tokens

@@ -1,14 +1,24 @@
-"""Read what an OpenAI-compatible server sends back: a completion, or why there is none."""
+"""What goes to an OpenAI-compatible server, and what comes back: an answer, whole or in pieces.
+
+Usage is the server's own count.  Where it gives none, the ids that were sent and came back are
+counted; where there are no ids either it is 0, which no real prompt has: nothing is estimated.
+"""
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, Field, ValidationError
 
 from starling.models.interfaces import Failure, Reply, Request, Usage
 
+if TYPE_CHECKING:
+    from starling.data.chat import ChatCodec
+
 LONGEST_MESSAGE = 300
+EXTRAS = ("return_token_ids", "stream_options")
+"""Fields that are only asked for; a server that refuses one is asked without it."""
 
 
 @dataclass(frozen=True)
@@ -19,14 +29,25 @@ class Transient:
     wait_seconds: float | None = None
 
 
-class _Message(BaseModel):
-    content: str | None = None
+def _whole(text: str) -> str:
+    text.encode()  # half a character of UTF-16 is no text; read from bytes it is refused already
+    return text
+
+
+WholeText = Annotated[str, AfterValidator(_whole)]
+
+
+class _Said(BaseModel):
+    content: WholeText | None = None
     refusal: str | None = None
 
 
 class _Choice(BaseModel):
-    message: _Message
+    message: _Said | None = None
+    delta: _Said | None = None
+    text: WholeText | None = None
     finish_reason: str | None = None
+    token_ids: tuple[int, ...] | None = None
 
 
 class _Usage(BaseModel):
@@ -34,36 +55,114 @@ class _Usage(BaseModel):
     completion_tokens: int = 0
 
 
-class _Completion(BaseModel):
-    choices: list[_Choice] = Field(min_length=1)
+class Chunk(BaseModel):
+    """One piece of a stream; the last one may hold no choice, only usage."""
+
+    choices: list[_Choice] = []
     usage: _Usage | None = None
 
 
-def read_completion(request: Request, body: bytes) -> Reply | Failure:
+class _Completion(Chunk):
+    choices: list[_Choice] = Field(min_length=1)
+
+
+class Answer:
+    """What has arrived of the answer to one request: all of it, or the pieces so far.
+
+    `prompt_ids` and `codec` are there where the prompt went out as ids; the text then comes with
+    the space that the format puts before it, which is left out here.
+    """
+
+    def __init__(
+        self, request: Request, prompt_ids: list[int], codec: "ChatCodec | None" = None
+    ) -> None:
+        self.id = request.id
+        self.text = ""
+        self.finish_reason: str | None = None
+        self._max_tokens = request.sampling.max_tokens
+        self._space = "" if codec is None else _space_before(codec)
+        self._refusal = ""
+        self._usage: _Usage | None = None
+        self._num_prompt_ids = len(prompt_ids)
+        self._ids: list[int] = []
+        self._has_ids = True
+
+    def add(self, chunk: Chunk) -> str:
+        """Take in a whole completion or a piece of one; return the text that it adds."""
+        self._usage = chunk.usage or self._usage
+        if not chunk.choices:
+            return ""
+        choice = chunk.choices[0]
+        said = choice.message or choice.delta or _Said(content=choice.text)
+        text = said.content or ""
+        self._refusal += said.refusal or ""
+        self.finish_reason = choice.finish_reason or self.finish_reason
+        self._ids += choice.token_ids or ()
+        if text:
+            # Ids of a part of the text would be taken for the whole.
+            self._has_ids = self._has_ids and choice.token_ids is not None
+            text, self._space = text.removeprefix(self._space), ""
+        self.text += text
+        return text
+
+    def outcome(self) -> Reply | Failure:
+        """The reply that has arrived; a Failure where it is empty, refused or cut."""
+        if self.finish_reason != "stop" and self.finish_reason != "length":
+            reason = f"the reply ended with finish_reason {self.finish_reason!r}"
+            return Failure(self.id, reason)
+        if not self.text.strip():
+            if self._refusal:
+                return Failure(self.id, f"the model refused: {clean(self._refusal)}")
+            is_cut = self.finish_reason == "length"
+            cut = f" (cut at {self._max_tokens} tokens)" if is_cut else ""
+            return Failure(self.id, f"the reply is empty{cut}")
+        ids = tuple(self._ids) if self._ids and self._has_ids else None
+        counted = self._usage or _Usage(
+            prompt_tokens=self._num_prompt_ids, completion_tokens=len(ids or ())
+        )
+        usage = Usage(counted.prompt_tokens, counted.completion_tokens)
+        return Reply(self.id, self.text, self.finish_reason, usage, ids)
+
+
+def settings(request: Request, codec: "ChatCodec | None") -> dict[str, object]:
+    """How to decode; `top_k` and `stop_token_ids` are fields of vLLM's, not OpenAI's."""
+    sampling = request.sampling
+    stop_ids = {*sampling.stop_ids, *(codec.stop_ids if codec else ())}
+    # Not every server knows these, so what is off is not sent.
+    optional = {
+        "top_p": sampling.top_p if sampling.top_p < 1 else None,
+        "top_k": sampling.top_k,
+        "stop": list(sampling.stop),
+        "stop_token_ids": sorted(stop_ids),
+    }
+    set_ones = {key: value for key, value in optional.items() if value}
+    # Some servers hold a seed in 32 bits and refuse larger ones.
+    return {"temperature": sampling.temperature, "seed": sampling.seed % 2**31, **set_ones}
+
+
+def read_completion(answer: Answer, body: bytes) -> Reply | Failure:
     """Turn the body of a 200 into a Reply; a Failure where it is none, empty, refused or cut."""
     try:
         completion = _Completion.model_validate_json(body)
     except ValidationError as error:
-        problem = error.errors(include_url=False)[0]["msg"]
         shown = clean(body[:LONGEST_MESSAGE].decode(errors="backslashreplace"))
-        return Failure(request.id, f"the reply is no chat completion ({problem}): {shown!r}")
-    choice = completion.choices[0]
-    finish_reason = choice.finish_reason
-    usage = completion.usage or _Usage()
-    if finish_reason != "stop" and finish_reason != "length":
-        return Failure(request.id, f"the reply ended with finish_reason {finish_reason!r}")
-    text = choice.message.content or ""
-    if not text.strip():
-        if choice.message.refusal:
-            return Failure(request.id, f"the model refused: {clean(choice.message.refusal)}")
-        cut = f" (cut at {request.sampling.max_tokens} tokens)" if finish_reason == "length" else ""
-        return Failure(request.id, f"the reply is empty{cut}")
-    return Reply(
-        request_id=request.id,
-        text=text,
-        finish_reason=finish_reason,
-        usage=Usage(usage.prompt_tokens, usage.completion_tokens),
-    )
+        reason = f"the reply is no chat completion ({explained(error)}): {shown!r}"
+        return Failure(answer.id, reason)
+    answer.add(completion)
+    return answer.outcome()
+
+
+def explained(error: ValueError) -> str:
+    """What is wrong with a text that should be JSON of a certain kind."""
+    if isinstance(error, ValidationError):
+        return error.errors(include_url=False)[0]["msg"]
+    return clean(str(error))
+
+
+def refused_extra(body: Mapping[str, object], status: int, message: str) -> str | None:
+    """The one of `EXTRAS` in `body` that a server's refusal names."""
+    named = (name for name in EXTRAS if name in body and name in message)
+    return next(named, None) if status in (400, 422) else None
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:
@@ -79,3 +178,10 @@ def clean(message: str) -> str:
     """A server's words on one line and of bearable length."""
     line = " ".join(message.split())
     return line if len(line) <= LONGEST_MESSAGE else line[:LONGEST_MESSAGE] + "..."
+
+
+def _space_before(codec: "ChatCodec") -> str:
+    """The space that a trained model writes first: the format's, or its tokenizer's own."""
+    if codec.template is not None:
+        return codec.template.space
+    return " " if codec.format.space or codec.tokenizer.prepends_space else ""

@@ -7,7 +7,7 @@ written down, and what looks like one is not repeated in a message.
 import re
 from urllib.parse import parse_qsl, urlsplit
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from starling.base.section import Section
 
@@ -31,6 +31,11 @@ class EndpointSection(Section):
 
     url: str | None = None
     """Base URL of an OpenAI-compatible server, e.g. http://localhost:8000/v1."""
+    tokenizer: str | None = None
+    """Folder or hub id of the served model, or openchat: its chat format is then applied here, and
+    token ids go to /completions; absent, messages go to /chat/completions."""
+    chat_format: str | None = None
+    """Chat format, where it is not the model's own; of an endpoint, only with `tokenizer`."""
     api_key_env: str | None = None
     """Name of the environment variable that holds the key; never the key itself."""
     concurrency: int = Field(16, ge=1)
@@ -54,3 +59,14 @@ class EndpointSection(Section):
                 "the key itself must not stand in a recipe"
             )
         return name
+
+    @model_validator(mode="after")
+    def _check_format(self) -> "EndpointSection":
+        if self.tokenizer is not None and self.url is None:
+            raise ValueError("tokenizer: is for an endpoint, and there is no url")
+        if self.url is not None and self.chat_format is not None and self.tokenizer is None:
+            raise ValueError(
+                "chat_format: a server that takes messages applies its own; name a tokenizer too, "
+                "or leave it out"
+            )
+        return self

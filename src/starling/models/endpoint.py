@@ -1,32 +1,49 @@
 """An OpenAI-compatible server as a responder: bounded retries, and every outcome typed.
 
-Chat completions are what all such servers speak.  The client's own retries are off, because they
-would send paid calls again without the ledger knowing.  asyncio stays in here.  Left out:
-streaming, tools, and a request's `mode`, for which the shape has no field.
+Chat completions are what all such servers speak; with a codec the prompt goes out as token ids, as
+raw completions.  The client's own retries are off, because they would send paid calls again without
+the ledger knowing.  asyncio stays in here.  Left out: tools, and a request's `mode` in chat
+completions, for which the shape has no field.
 """
 
 import asyncio
 import logging
 import os
 import sys
-from collections.abc import Iterable, Iterator
-from itertools import islice
-from typing import TYPE_CHECKING
+from collections.abc import Awaitable, Callable, Generator, Iterable, Iterator
+from functools import partial
+from itertools import count, islice
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from starling.base.errors import InputError
 from starling.base.seeding import python_generator
-from starling.models.completion import Transient, clean, read_completion, retry_after
+from starling.models.completion import (
+    Answer,
+    Transient,
+    clean,
+    read_completion,
+    refused_extra,
+    retry_after,
+    settings,
+)
 from starling.models.config import EndpointSection
 from starling.models.interfaces import Failure, Reply, Request
+from starling.models.streaming import Incoming
 
 if TYPE_CHECKING:
     from openai import APIStatusError, AsyncOpenAI
 
+    from starling.data.chat import ChatCodec
+
 logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
 
 FIRST_WAIT_SECONDS = 1.0
 LONGEST_WAIT_SECONDS = 300.0
 """A server that asks for more (a daily limit) is not waited for; the next run asks it again."""
+CALLS_PER_CLIENT = 16
+"""A client's work for one call grows with its connections, before openai 3 with their square."""
 
 
 class Endpoint:
@@ -36,6 +53,9 @@ class Endpoint:
     that double or that the server names.  Any other refusal, and a reply that is empty, filtered or
     no chat completion, is a Failure at once.  Raises InputError for a variable that is not set
     and, from `respond`, for what would fail every call: a wrong key or model, an empty account.
+
+    With a `codec`, which must be the served model's own, what somebody typed cannot become a
+    marker, a request's mode is heard, and ids come back from servers that give them.
     """
 
     commits_together = False
@@ -45,6 +65,7 @@ class Endpoint:
         url: str,
         model: str,
         *,
+        codec: "ChatCodec | None" = None,
         api_key_env: str | None = None,
         concurrency: int = 16,
         timeout_seconds: float = 100.0,
@@ -52,37 +73,71 @@ class Endpoint:
     ) -> None:
         self.url = url.rstrip("/")
         self.model = model
-        self.identity = f"{self.url} {model}"
+        self.identity = f"{self.url} {model}" + (f" as {codec.format.name}" if codec else "")
+        self._codec = codec
+        self._route = "completions" if codec else "chat/completions"
         self._api_key_env = api_key_env
         self._api_key = _read_key(api_key_env)
         self._concurrency = concurrency
         self._timeout_seconds = timeout_seconds
         self._retries = retries
         self._limit_name = "max_tokens"
+        self._refused: set[str] = set()
         self._has_warned_of_mode = False
 
     def respond(self, requests: Iterable[Request]) -> Iterator[Reply | Failure]:
         """Yield outcomes as they arrive; takes the next request only when a call has ended."""
-        pending = iter(requests)
+        pending, turns = iter(requests), count()
         calls: set[asyncio.Task[Reply | Failure]] = set()
-        client, runner = self._open_client(), asyncio.Runner()
+        clients: list[AsyncOpenAI] = []
+        ended: asyncio.Queue[asyncio.Task[Reply | Failure]] = asyncio.Queue()
+        runner = asyncio.Runner()
 
         def send(most: int) -> None:
             for request in islice(pending, most):
-                calls.add(runner.get_loop().create_task(self._ask(client, request)))
+                if len(calls) >= CALLS_PER_CLIENT * len(clients):
+                    clients.append(self._open_client())
+                client = clients[next(turns) % len(clients)]
+                ask = self._persist(request, partial(self._ask, client, request))
+                call = runner.get_loop().create_task(ask)
+                calls.add(call)
+                call.add_done_callback(ended.put_nowait)
 
         try:
             send(self._concurrency)
             while calls:
-                wait = asyncio.wait(calls, return_when=asyncio.FIRST_COMPLETED)
-                for call in runner.run(wait)[0]:
-                    calls.remove(call)
-                    # First yield, then send: what arrived is recorded before more is in flight.
-                    yield call.result()
-                    send(1)
+                call = runner.run(ended.get())
+                calls.remove(call)
+                # First yield, then send: what arrived is recorded before more is in flight.
+                yield call.result()
+                send(1)
         finally:
             if not sys.is_finalizing():  # an iterator left open until now cannot be waited for
-                runner.run(_shut_down(client, calls))
+                runner.run(_shut_down(clients, calls))
+                runner.close()
+
+    def stream(self, request: Request) -> Generator[str, None, Reply | Failure]:
+        """Yield the text as it comes, and return the outcome; closing ends the call.
+
+        Nothing is sent again once a text was yielded: an answer that then breaks is a Failure.
+        The time limit is for each piece, since an answer of any length may still be coming.
+        """
+        client, runner = self._open_client(), asyncio.Runner()
+        incoming: Incoming | None = None
+        try:
+            begun = runner.run(self._persist(request, partial(self._begin, client, request)))
+            if isinstance(begun, Failure):
+                return begun
+            incoming, piece = begun
+            while isinstance(piece, str):
+                yield piece
+                piece = runner.run(incoming.next())
+            return (
+                piece if isinstance(piece, Reply) else Failure(request.id, self._hide(piece.reason))
+            )
+        finally:
+            if not sys.is_finalizing():
+                runner.run(_shut_down([client], set(), incoming))
                 runner.close()
 
     def _open_client(self) -> "AsyncOpenAI":
@@ -99,57 +154,99 @@ class Endpoint:
             default_headers={} if self._api_key_env else private,  # type: ignore[arg-type]
         )
 
-    async def _ask(self, client: "AsyncOpenAI", request: Request) -> Reply | Failure:
-        """One request with its retries."""
-        if request.mode is not None and not self._has_warned_of_mode:
-            self._has_warned_of_mode = True
-            logger.warning("%s takes no mode; %r and others are ignored", self.url, request.mode)
+    async def _persist(
+        self, request: Request, attempt: Callable[[], Awaitable[Result | Transient]]
+    ) -> Result | Failure:
+        """One call with its retries."""
         reason = ""
-        for attempt in range(self._retries + 1):
-            outcome = await self._attempt(client, request)
+        for number in range(self._retries + 1):
+            outcome = await attempt()
             if not isinstance(outcome, Transient):
                 return outcome
-            reason = f"{outcome.reason} ({attempt + 1} attempts)"
-            wait = _wait_seconds(request, attempt, outcome)
-            if attempt == self._retries or wait > LONGEST_WAIT_SECONDS:
+            reason = f"{outcome.reason} ({number + 1} attempts)"
+            wait = _wait_seconds(request, number, outcome)
+            if number == self._retries or wait > LONGEST_WAIT_SECONDS:
                 break
             logger.info("%s: %s; again in %.1f s", request.id, reason, wait)
             await asyncio.sleep(wait)
         return Failure(request.id, reason)
 
-    async def _attempt(
+    async def _ask(self, client: "AsyncOpenAI", request: Request) -> Reply | Failure | Transient:
+        """Send a request once, and wait for the whole answer."""
+        from openai import HttpxBinaryResponseContent
+
+        prompt = self._prompt(request)
+        response = await self._post(client, request, prompt, cast_to=HttpxBinaryResponseContent)
+        if isinstance(response, (Failure, Transient)):
+            return response
+        return read_completion(self._answer(request, prompt), response.content)
+
+    async def _begin(
         self, client: "AsyncOpenAI", request: Request
-    ) -> Reply | Failure | Transient:
+    ) -> tuple[Incoming, str | Reply | Failure] | Failure | Transient:
+        """Send a request once, and wait for the first piece of its answer."""
+        from openai import AsyncStream
+
+        prompt = self._prompt(request) | {"stream": True, "stream_options": {"include_usage": True}}
+        events = await self._post(
+            client, request, prompt, cast_to=object, stream=True, stream_cls=AsyncStream[object]
+        )
+        if isinstance(events, (Failure, Transient)):
+            return events
+        incoming = Incoming(self._answer(request, prompt), events, self._timeout_seconds)
+        first = await incoming.next()
+        if not isinstance(first, Transient):
+            return incoming, first
+        await incoming.close()
+        return first
+
+    async def _post(
+        self, client: "AsyncOpenAI", request: Request, prompt: dict, **reading: Any
+    ) -> Any:
+        """The server's answer to a request, read as the client is told; or what went wrong.
+
+        The client's own `create` spends as long on checking the body as on sending it.
+        """
         import openai
 
-        try:
-            # Bounds the whole call; the client's own limit only bounds each wait for bytes.
-            async with asyncio.timeout(self._timeout_seconds):
-                response = await client.chat.completions.with_raw_response.create(
-                    **self._body(request)
-                )
-        except (TimeoutError, openai.APITimeoutError):
-            return Transient(f"no reply within {self._timeout_seconds:g} s")
-        except openai.APIConnectionError as error:
-            return Transient(f"the connection broke: {clean(str(error.__cause__ or error))}")
-        except openai.APIStatusError as error:
-            return self._read_refusal(request, error)
-        return read_completion(request, response.http_response.content)
+        while True:
+            body = settings(request, self._codec) | prompt
+            body |= {"model": self.model, self._limit_name: request.sampling.max_tokens}
+            body = {key: value for key, value in body.items() if key not in self._refused}
+            try:
+                # Bounds the whole call; the client's own limit only bounds each wait for bytes.
+                async with asyncio.timeout(self._timeout_seconds):
+                    return await client.post(f"/{self._route}", body=body, **reading)
+            except (TimeoutError, openai.APITimeoutError):
+                return Transient(f"no reply within {self._timeout_seconds:g} s")
+            except openai.APIConnectionError as error:
+                return Transient(f"the connection broke: {clean(str(error.__cause__ or error))}")
+            except openai.APIStatusError as error:
+                refused = refused_extra(body, error.status_code, error.message)
+                if refused is None:
+                    return self._read_refusal(request, error)
+            logger.info("%s takes no %s", self.url, refused)
+            self._refused.add(refused)
 
-    def _body(self, request: Request) -> dict:
-        return {
-            "model": self.model,
-            "messages": [message.model_dump() for message in request.messages],
-            "temperature": request.sampling.temperature,
-            # Some servers hold a seed in 32 bits and refuse larger ones.
-            "seed": request.sampling.seed % 2**31,
-            self._limit_name: request.sampling.max_tokens,
-        }
+    def _prompt(self, request: Request) -> dict:
+        """The conversation as the route wants it: messages, or ids."""
+        if self._codec is None:
+            if request.mode is not None and not self._has_warned_of_mode:
+                self._has_warned_of_mode = True
+                logger.warning("%s: no mode is sent; %r is ignored", self.url, request.mode)
+            return {"messages": [message.model_dump() for message in request.messages]}
+        encoded = self._codec.encode(request.messages, mode=request.mode, generation_prompt=True)
+        return {"prompt": encoded.ids, "return_token_ids": True}
+
+    def _answer(self, request: Request, prompt: dict) -> Answer:
+        return Answer(request, prompt.get("prompt", []), self._codec)
+
+    def _hide(self, message: str) -> str:
+        return message.replace(self._api_key, "***")
 
     def _read_refusal(self, request: Request, error: "APIStatusError") -> Failure | Transient:
         status = error.status_code
-        message = clean(error.message).replace(self._api_key, "***")
-        said = f"{self.url} answered {status}: {message}"
+        said = self._hide(f"{self.url} answered {status}: {clean(error.message)}")
         if error.code == "unsupported_parameter" and error.param == "max_tokens":
             # OpenAI's reasoning models want the limit under its newer name.
             self._limit_name = "max_completion_tokens"
@@ -162,7 +259,7 @@ class Endpoint:
             raise InputError(f"the key was refused. {said}. {advice}")
         if status == 404:
             raise InputError(
-                f"there is no model {self.model!r}, or nothing that takes chat completions. "
+                f"there is no model {self.model!r}, or nothing that takes {self._route}. "
                 f"{said}. Check model, and url (it usually ends in /v1)."
             )
         if error.code == "insufficient_quota":
@@ -175,20 +272,32 @@ class Endpoint:
 def connect(section: EndpointSection, model: str) -> Endpoint:
     """The endpoint of a recipe's section."""
     assert section.url is not None, "asked only of sections that name an address"
+    codec = None
+    if section.tokenizer is not None:
+        # Imports torch, which an endpoint that takes messages does without.
+        from starling.models.loading import find_codec
+
+        codec = find_codec(section.tokenizer, section.chat_format)
     return Endpoint(
         section.url,
         model,
+        codec=codec,
         api_key_env=section.api_key_env,
         concurrency=section.concurrency,
         timeout_seconds=section.timeout_seconds,
     )
 
 
-async def _shut_down(client: "AsyncOpenAI", calls: set[asyncio.Task]) -> None:
+async def _shut_down(
+    clients: list["AsyncOpenAI"], calls: set[asyncio.Task], incoming: Incoming | None = None
+) -> None:
     for call in calls:
         call.cancel()
     await asyncio.gather(*calls, return_exceptions=True)
-    await client.close()
+    if incoming is not None:
+        await incoming.close()
+    for client in clients:
+        await client.close()
 
 
 def _read_key(name: str | None) -> str:

@@ -178,6 +178,13 @@ def _check_loaded(
         )
 
 
+def find_codec(reference: str, chat_format: str | None) -> ChatCodec:
+    """The chat codec of a model folder or hub id, without its weights; `openchat` needs neither."""
+    if reference == "openchat" and not Path(reference).exists():
+        return build_codec(chat_format or "openchat", load_tokenizer(reference), [])
+    return load_codec(reference, load_config(reference), chat_format)
+
+
 def load_codec(reference: str, config: PretrainedConfig, chat_format: str | None) -> ChatCodec:
     """The chat codec of a model folder or hub id; its pad token becomes `config`'s.
 

@@ -1,60 +1,61 @@
-"""The in-process engine: batched decoding with a key-value cache.
+"""The in-process engine: rows enter a running batch as others leave it.
 
-A row's randomness is its own: its uniforms are drawn from its request's seed before decoding, so a
-sample does not depend on its neighbours (up to the rounding of batched matrix products).
-
-Shapes: B rows of one batch, T cached positions, V vocabulary.
+A row's randomness is its own: its uniforms are drawn from its request's seed, so a sample does not
+depend on its neighbours (up to the rounding of batched matrix products).
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+import math
+import threading
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from starling.base.errors import DataError
+from starling.base.seeding import derive_seed
+from starling.models.decoder import SlotCache, decoder_for
 from starling.models.interfaces import GenerationRequest, Sample
+from starling.models.sampling import draw_tokens, untempered_logprobs
 
+Decode = Callable[[Sequence[int]], str]
 
-class Step(NamedTuple):
-    """One decoded token of one row of the batch."""
-
-    row: int
-    token: int
-    logprob: float
-
-
-def sample_tokens(logits: Tensor, temperatures: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
-    """Draw one token per row by inverting the softmax's distribution at the row's uniform.
-
-    logits [B, V], temperatures [B] (0 is greedy), uniforms [B] in [0, 1).  Returns tokens and their
-    logprobs (nats) at the row's temperature; a greedy row's at temperature 1.
-    """
-    greedy = temperatures == 0
-    scaled = logits.float() / torch.where(greedy, 1.0, temperatures)[:, None]
-    logprobs = torch.log_softmax(scaled, dim=-1)
-    cumulative = logprobs.double().exp().cumsum(dim=-1)
-    target = uniforms.double()[:, None] * cumulative[:, -1:]
-    drawn = torch.searchsorted(cumulative, target, right=True)[:, 0].clamp(max=logits.shape[1] - 1)
-    tokens = torch.where(greedy, logits.argmax(dim=-1), drawn)
-    return tokens, logprobs.gather(1, tokens[:, None])[:, 0]
+# Tokens encoded at once: enough for full speed, few enough to stay in the processor's cache.
+PREFILL_TOKENS = 2048
+# Waiting rows enter when this part of the batch is free, so that they are encoded together.
+ADMIT_SHARE = 16
+# Tokens of no or partial text that may stand among those that complete a stop string.
+SILENT_TOKENS = 8
 
 
 class TorchEngine:
     """Decodes with a transformers model in this process; satisfies `interfaces.Engine`."""
 
     def __init__(
-        self, model: PreTrainedModel, *, stop_ids: frozenset[int], pad_id: int, max_rows: int = 128
+        self,
+        model: PreTrainedModel,
+        *,
+        stop_ids: frozenset[int],
+        pad_id: int,
+        max_rows: int = 128,
+        decode: Decode | None = None,
     ) -> None:
+        """`decode` turns a response's ids into text; without it there are no stop strings."""
         self.model = model
         self.stop_ids = stop_ids
         self.pad_id = pad_id
         self.max_rows = max_rows
+        self.decode = decode
         self.version = 0
+        self.decoder = decoder_for(model)
+        self._batches: WeakSet[_Batch] = WeakSet()
+        self._lock = threading.Lock()
 
     def sync(self, weights: Mapping[str, Tensor], version: int) -> None:
-        """Take `weights` (by parameter name); tensors that are the model's own cost nothing."""
+        """Take `weights` (by parameter name); tensors that are the model's own are not copied."""
         own = self.model.state_dict()
         unknown = sorted(set(weights) - set(own))
         if unknown:
@@ -63,109 +64,244 @@ class TorchEngine:
             for name, tensor in weights.items():
                 if own[name].data_ptr() != tensor.data_ptr():
                     own[name].copy_(tensor)
+        self.decoder = decoder_for(self.model)
+        self.decoder.refresh()
         self.version = version
 
     def generate(self, requests: Iterable[GenerationRequest]) -> Iterator[Sample]:
-        """Decode in batches of `max_rows`, in the order given; samples come as they end."""
-        pending = list(requests)
-        for start in range(0, len(pending), self.max_rows):
-            yield from self._generate_batch(pending[start : start + self.max_rows])
+        """Decode `max_rows` samples at a time, in the order given; they come as they end."""
+        return self._batch(list(requests)).samples()
 
-    def stream(self, request: GenerationRequest) -> Iterator[int]:
-        """Yield one request's tokens as they are decoded, its end marker included."""
-        for steps in self._decode([request]):
-            yield from (step.token for step in steps)
+    def stream(self, request: GenerationRequest) -> Generator[int, None, Sample]:
+        """Yield one sample's tokens as they are decoded, its end marker included."""
+        if request.num_samples != 1:
+            raise ValueError(f"request {request.id}: a stream is of one sample")
+        return self._batch([request]).tokens()
 
-    def _generate_batch(self, batch: Sequence[GenerationRequest]) -> Iterator[Sample]:
-        ids: list[list[int]] = [[] for _ in batch]
-        logprobs: list[list[float]] = [[] for _ in batch]
-        for steps in self._decode(batch):
-            for row, token, logprob in steps:
-                ids[row].append(token)
-                logprobs[row].append(logprob)
-                stopped = token in self.stop_ids
-                if stopped or len(ids[row]) == batch[row].sampling.max_tokens:
-                    yield Sample(
-                        request_id=batch[row].id,
-                        ids=tuple(ids[row]),
-                        logprobs=tuple(logprobs[row]),
-                        finish_reason="stop" if stopped else "length",
-                        weight_version=self.version,
-                    )
+    def cancel(self, request_id: str) -> None:
+        """End a request's samples where they are, running or waiting; from any thread."""
+        with self._lock:
+            for batch in self._batches:
+                if request_id in batch.request_ids:
+                    batch.cancelled.add(request_id)
 
-    def _decode(self, batch: Sequence[GenerationRequest]) -> Iterator[list[Step]]:
-        """Yield each position's tokens for the rows still running; ended rows leave the batch."""
-        self._check_lengths(batch)
-        device = self.model.device
-        max_tokens = [request.sampling.max_tokens for request in batch]
-        uniforms = torch.stack([_uniforms(request, max(max_tokens)) for request in batch]).to(
-            device
-        )
-        temperatures = torch.tensor([r.sampling.temperature for r in batch], device=device)
-        token_ids, mask = self._left_padded(batch)
-        position_ids = (mask.long().cumsum(dim=1) - 1).clamp(min=0)
-        rows = torch.arange(len(batch), device=device)
-        cache = DynamicCache(config=self.model.config)
-        for position in range(max(max_tokens)):
-            logits = self._forward(token_ids, mask, position_ids, cache)
-            tokens, logprobs = sample_tokens(logits, temperatures[rows], uniforms[rows, position])
-            steps = [
-                Step(*step)
-                for step in zip(rows.tolist(), tokens.tolist(), logprobs.tolist(), strict=True)
-            ]
-            yield steps
-            running = [
-                index
-                for index, step in enumerate(steps)
-                if step.token not in self.stop_ids and position + 1 < max_tokens[step.row]
-            ]
-            if not running:
-                return
-            if len(running) < len(steps):
-                keep = torch.tensor(running, device=device)
-                cache.batch_select_indices(keep)
-                rows, tokens, mask = rows[keep], tokens[keep], mask[keep]
-                position_ids = position_ids[keep]
-            token_ids = tokens[:, None]
-            mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
-            position_ids = position_ids[:, -1:] + 1
+    def _batch(self, requests: Sequence[GenerationRequest]) -> "_Batch":
+        for request in requests:
+            self._check(request)
+        batch = _Batch(self, requests)
+        with self._lock:
+            self._batches.add(batch)
+        return batch
 
-    def _forward(self, token_ids: Tensor, mask: Tensor, position_ids: Tensor, cache: Any) -> Tensor:
-        with torch.no_grad():
-            output: Any = self.model(
-                input_ids=token_ids,
-                attention_mask=mask.long(),
-                position_ids=position_ids,
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            )
-        return output.logits[:, -1]
-
-    def _left_padded(self, batch: Sequence[GenerationRequest]) -> tuple[Tensor, Tensor]:
-        width = max(len(request.prompt_ids) for request in batch)
-        rows = [[self.pad_id] * (width - len(r.prompt_ids)) + list(r.prompt_ids) for r in batch]
-        masks = [[False] * (width - len(r.prompt_ids)) + [True] * len(r.prompt_ids) for r in batch]
-        device = self.model.device
-        return torch.tensor(rows, device=device), torch.tensor(masks, device=device)
-
-    def _check_lengths(self, batch: Sequence[GenerationRequest]) -> None:
+    def _check(self, request: GenerationRequest) -> None:
+        name, sampling = f"request {request.id}", request.sampling
+        warm = math.isfinite(sampling.temperature) and sampling.temperature >= 0
+        for is_wrong, problem in (
+            (not request.prompt_ids, "the prompt is empty; a sample continues at least one token"),
+            (request.num_samples < 1, f"num_samples is {request.num_samples}; it is at least 1"),
+            (sampling.max_tokens < 1, f"max_tokens is {sampling.max_tokens}; it is at least 1"),
+            (not warm, f"temperature is {sampling.temperature}; it is finite and at least 0"),
+            (not 0 < sampling.top_p <= 1, f"top_p is {sampling.top_p}; it is above 0, at most 1"),
+            (sampling.top_k < 0, f"top_k is {sampling.top_k}; it is at least 0 (off)"),
+            ("" in sampling.stop, "an empty stop string would stop before the first token"),
+            (sampling.stop and not self.decode, "stop strings need an engine with a `decode`"),
+        ):
+            if is_wrong:
+                raise ValueError(f"{name}: {problem}")
         limit = getattr(self.model.config, "max_position_embeddings", None)
-        for request in batch:
-            if request.sampling.max_tokens < 1:
-                raise ValueError(
-                    f"request {request.id}: max_tokens is {request.sampling.max_tokens}; a sample "
-                    "has at least one token"
-                )
-            needed = len(request.prompt_ids) + request.sampling.max_tokens
-            if limit is not None and needed > limit:
-                raise DataError(
-                    f"request {request.id}: {len(request.prompt_ids)} prompt tokens and up to "
-                    f"{request.sampling.max_tokens} more do not fit the model's {limit} positions; "
-                    "shorten the prompt or lower the response limit"
-                )
+        if limit is not None and len(request.prompt_ids) + sampling.max_tokens > limit:
+            raise DataError(
+                f"{name}: {len(request.prompt_ids)} prompt tokens and up to "
+                f"{sampling.max_tokens} more do not fit the model's {limit} positions; "
+                "shorten the prompt or lower the response limit"
+            )
 
 
-def _uniforms(request: GenerationRequest, count: int) -> Tensor:
-    generator = torch.Generator().manual_seed(request.sampling.seed)
-    return torch.rand(count, generator=generator, dtype=torch.float64)
+@dataclass(eq=False)
+class _Row:
+    """A sample in the making; its uniforms, one per position, are drawn before it starts."""
+
+    request: GenerationRequest
+    index: int
+    version: int = 0
+    uniforms: list[float] = field(default_factory=list)
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+
+    def start(self, version: int) -> None:
+        self.version = version
+        sampling = self.request.sampling
+        if sampling.temperature == 0:
+            self.uniforms = [0.0] * sampling.max_tokens
+            return
+        seed = sampling.seed
+        if self.index:
+            seed = derive_seed(seed, "models/sample", self.index)
+        generator = torch.Generator().manual_seed(seed)
+        drawn = torch.rand(sampling.max_tokens, generator=generator, dtype=torch.float64)
+        self.uniforms = drawn.tolist()
+
+    @property
+    def next_token(self) -> int:
+        return self.ids[-1] if self.ids else self.request.prompt_ids[-1]
+
+    @property
+    def position(self) -> int:
+        """Of the next token to be read."""
+        return len(self.request.prompt_ids) - 1 + len(self.ids)
+
+    def sample(self, finish_reason: str) -> Sample:
+        assert finish_reason in ("stop", "length", "cancelled")
+        return Sample(
+            request_id=self.request.id,
+            ids=tuple(self.ids),
+            logprobs=tuple(self.logprobs),
+            finish_reason=finish_reason,
+            weight_version=self.version,
+            index=self.index,
+        )
+
+
+class _Batch:
+    """The rows that one call decodes: those in slots 0, 1, ..., and those that wait."""
+
+    def __init__(self, engine: TorchEngine, requests: Sequence[GenerationRequest]) -> None:
+        self.engine = engine
+        self.waiting = deque(_Row(r, i) for r in requests for i in range(r.num_samples))
+        self.rows: list[_Row] = []
+        self.cache = SlotCache()
+        self.request_ids = {request.id for request in requests}
+        self.cancelled: set[str] = set()
+
+    def samples(self) -> Iterator[Sample]:
+        self.engine.decoder.refresh()
+        while self.rows or self.waiting:
+            yield from self._take_cancelled()
+            self._admit()
+            if self.rows:
+                yield from self._step()
+
+    def tokens(self) -> Generator[int, None, Sample]:
+        self.engine.decoder.refresh()
+        [row] = self.waiting
+        while True:
+            ended = self._take_cancelled()
+            self._admit()
+            if not ended:
+                ended = self._step()
+                yield row.ids[-1]
+            if ended:
+                return ended[0]
+
+    def _take_cancelled(self) -> list[Sample]:
+        if not self.cancelled:
+            return []
+        gone = [row for row in [*self.rows, *self.waiting] if row.request.id in self.cancelled]
+        self.waiting = deque(row for row in self.waiting if row not in gone)
+        self._leave([n for n, row in enumerate(self.rows) if row in gone])
+        return [row.sample("cancelled") for row in gone]
+
+    @torch.no_grad()
+    def _admit(self) -> None:
+        """Move waiting rows into free slots, and encode their prompts, equal ones once."""
+        free = self.engine.max_rows - len(self.rows)
+        if not self.waiting or (self.rows and free * ADMIT_SHARE < self.engine.max_rows):
+            return
+        slots: dict[tuple[int, ...], list[int]] = {}
+        while self.waiting and len(self.rows) < self.engine.max_rows:
+            row = self.waiting.popleft()
+            row.start(self.engine.version)
+            slots.setdefault(row.request.prompt_ids, []).append(len(self.rows))
+            self.rows.append(row)
+        self._fit()
+        for group in _groups(sorted((prompt for prompt in slots if len(prompt) > 1), key=len)):
+            self._encode(group, [slots[prompt][0] for prompt in group])
+        for prompt, [source, *targets] in slots.items():
+            self.cache.copy(source, targets, len(prompt) - 1)
+
+    def _fit(self) -> None:
+        self.cache.fit(len(self.rows), max(row.position for row in self.rows) + 1)
+
+    def _encode(self, prompts: Sequence[tuple[int, ...]], slots: list[int]) -> None:
+        width = max(map(len, prompts)) - 1
+        pad = self.engine.pad_id
+        padded = [[*prompt[:-1], *[pad] * (width - len(prompt) + 1)] for prompt in prompts]
+        device = self.engine.model.device
+        self.engine.decoder.encode(
+            torch.tensor(padded, device=device), torch.tensor(slots, device=device), self.cache
+        )
+
+    @torch.no_grad()
+    def _step(self) -> list[Sample]:
+        """Decode one token of every row; those that end give up their slots."""
+        rows, device = self.rows, self.engine.model.device
+        positions = [row.position for row in rows]
+        self._fit()
+        logits = self.engine.decoder.step(
+            torch.tensor([row.next_token for row in rows], device=device),
+            torch.tensor(positions, device=device),
+            self.cache,
+        )
+        tokens, logprobs = self._draw(logits)
+        ended: dict[int, Sample] = {}
+        for slot, (row, token, logprob) in enumerate(zip(rows, tokens, logprobs, strict=True)):
+            row.ids.append(token)
+            row.logprobs.append(logprob)
+            if self._has_stopped(row):
+                ended[slot] = row.sample("stop")
+            elif len(row.ids) == row.request.sampling.max_tokens:
+                ended[slot] = row.sample("length")
+        self._leave(list(ended))
+        return list(ended.values())
+
+    def _draw(self, logits: Tensor) -> tuple[list[int], list[float]]:
+        """One token per row, and its logprob in the row's convention."""
+        samplings = [row.request.sampling for row in self.rows]
+
+        def column(values: Iterable[float], dtype: torch.dtype | None = None) -> Tensor:
+            return torch.tensor(list(values), dtype=dtype, device=logits.device)
+
+        truncation: tuple[Tensor, ...] = ()
+        if any(s.temperature and (s.top_k or s.top_p < 1) for s in samplings):
+            truncation = column(s.top_k for s in samplings), column(s.top_p for s in samplings)
+        tokens, logprobs = draw_tokens(
+            logits,
+            column(s.temperature for s in samplings),
+            column((row.uniforms[len(row.ids)] for row in self.rows), torch.float64),
+            *truncation,
+        )
+        chosen = [n for n, s in enumerate(samplings) if s.logprobs == "untempered"]
+        if chosen:
+            logprobs[chosen] = untempered_logprobs(logits[chosen], tokens[chosen])
+        return tokens.tolist(), logprobs.tolist()
+
+    def _leave(self, slots: Sequence[int]) -> None:
+        """Free these slots; the last rows move into them, so that no gap is computed."""
+        for slot in sorted(slots, reverse=True):
+            last = self.rows.pop()
+            if slot < len(self.rows):
+                self.rows[slot] = last
+                self.cache.copy(len(self.rows), [slot], last.position)
+
+    def _has_stopped(self, row: _Row) -> bool:
+        sampling, engine = row.request.sampling, self.engine
+        if row.ids[-1] in engine.stop_ids or row.ids[-1] in sampling.stop_ids:
+            return True
+        if not sampling.stop or engine.decode is None:
+            return False
+        # A string ends with the last token or ended the row before, so only the end is decoded.
+        reach = max(len(stop.encode()) for stop in sampling.stop) + SILENT_TOKENS
+        text = engine.decode(row.ids[-reach:])
+        return any(stop in text for stop in sampling.stop)
+
+
+def _groups(prompts: Sequence[tuple[int, ...]]) -> Iterator[list[tuple[int, ...]]]:
+    """Neighbours by length, in groups of at most `PREFILL_TOKENS` with their padding."""
+    group: list[tuple[int, ...]] = []
+    for prompt in prompts:
+        if group and len(prompt) * (len(group) + 1) > PREFILL_TOKENS:
+            yield group
+            group = []
+        group.append(prompt)
+    if group:
+        yield group

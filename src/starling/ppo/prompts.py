@@ -8,7 +8,7 @@ from starling.base.errors import DataError
 from starling.base.jsonl import read_records
 from starling.base.seeding import permutation
 from starling.data.chat import ChatCodec
-from starling.data.records import Message, Prompt
+from starling.data.records import Prompt
 from starling.models.local import trim_turns
 from starling.ppo.config import PpoInputs, PpoSection
 
@@ -52,10 +52,8 @@ def load_prompts(
 
 def _distinct(prompts: Sequence[Prompt]) -> list[Prompt]:
     """The first prompt of each text: the judge is asked about each once."""
-    first: dict[tuple[Message, ...], Prompt] = {}
-    for prompt in prompts:
-        first.setdefault(prompt.messages, prompt)
-    return list(first.values())
+    first = {prompt.messages: prompt for prompt in reversed(prompts)}
+    return [prompt for prompt in prompts if first[prompt.messages] is prompt]
 
 
 def _fitting(
@@ -70,10 +68,7 @@ def _fitting(
             fitting.append(prompt.model_copy(update={"messages": messages}))
     if len(fitting) < len(prompts):
         logger.warning(
-            "%s: %d of %d prompts are longer than ppo.max_prompt_tokens (%d) and are left out",
-            path,
-            len(prompts) - len(fitting),
-            len(prompts),
-            limit,
+            f"{path}: {len(prompts) - len(fitting)} of {len(prompts)} prompts are longer than "
+            f"ppo.max_prompt_tokens ({limit}) and are left out"
         )
     return fitting

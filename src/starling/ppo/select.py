@@ -64,18 +64,28 @@ class Validator:
 
         The answers go to `validation/step-<step>.jsonl`, where the report reads them.
         """
-        samples = self._sample(str(policy.device))
+        section, device = self.section, str(policy.device)
+        samplings = [
+            Sampling(
+                section.max_response_tokens,
+                section.temperature,
+                derive_seed(self.seed, "ppo/validation", row),
+            )
+            for row in range(len(self.prompts))
+        ]
+        samples = sample_responses(self.engine, self.codec, self.prompts, samplings, device=device)
         tokens, mask = samples.token_ids, samples.response_mask
-        temperature = self.section.temperature
-        logprobs = reference_logprobs(policy, tokens, mask, temperature=temperature)
-        ref_logprobs = reference_logprobs(self.reference, tokens, mask, temperature=temperature)
+        logprobs, ref_logprobs = (
+            reference_logprobs(model, tokens, mask, temperature=section.temperature)
+            for model in (policy, self.reference)
+        )
         kl = sequence_kl(k1(logprobs, ref_logprobs), mask)
         rated = self._rate(samples, step)
         scores = score_responses(
             self.reward_model,
             samples,
-            missing_end_penalty=self.section.missing_end_penalty,
-            reward_clip=self.section.reward_clip,
+            missing_end_penalty=section.missing_end_penalty,
+            reward_clip=section.reward_clip,
         )
         rows = zip(samples.prompts, samples.texts, samples.is_finished, strict=True)
         write_records(
@@ -90,20 +100,9 @@ class Validator:
         return Validation(
             step=step,
             rating=sum(rated.values()) / len(rated) if rated else None,
-            kl=bootstrap_mean(kl.tolist(), seed=self.seed).as_dict(),
+            kl=asdict(bootstrap_mean(kl.tolist(), seed=self.seed)),
             response_tokens=float(samples.response_tokens.mean()),
         )
-
-    def _sample(self, device: str) -> Samples:
-        samplings = [
-            Sampling(
-                self.section.max_response_tokens,
-                self.section.temperature,
-                derive_seed(self.seed, "ppo/validation", row),
-            )
-            for row in range(len(self.prompts))
-        ]
-        return sample_responses(self.engine, self.codec, self.prompts, samplings, device=device)
 
     def _rate(self, samples: Samples, step: int) -> dict[int, float]:
         """The judge's rating by row; {} without a judge.

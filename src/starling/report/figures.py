@@ -10,28 +10,13 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from starling.base.estimate import Estimate
-from starling.report.read import Run, as_estimate
+from starling.report.read import Run
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#767676"
-
-STYLE: dict[str, Any] = {
-    "font.family": "DejaVu Sans",  # comes with matplotlib, so every machine measures the same text
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "#e4e4e4",
-    "axes.axisbelow": True,
-    "legend.frameon": False,
-    "lines.linewidth": 1.6,
-    "lines.markersize": 5,
-    "svg.fonttype": "none",
-    "svg.hashsalt": "starling",
-}
 
 
 def draw_overoptimisation(run: Run) -> bytes | None:
@@ -73,22 +58,15 @@ def draw_length(run: Run) -> bytes | None:
 
 def draw_accuracy(run: Run) -> bytes | None:
     """Pair accuracy of the reward model beside what answer length alone gives."""
-    figures = run.figures("reward")
-    found = [as_estimate(figures.get(k)) for k in ("pair_accuracy", "length_only_accuracy")]
-    bars = [estimate for estimate in found if estimate is not None]
-    if len(bars) < len(found):
+    model = run.estimate("reward", "pair_accuracy")
+    length = run.estimate("reward", "length_only_accuracy")
+    if model is None or length is None:
         return None
     with new_figure(4.7, 2.6) as figure:
         axes = figure.subplots()
-        means = [bar.mean for bar in bars]
-        drawn = axes.bar(
-            ["reward model", "length alone"],
-            means,
-            width=0.55,
-            color=(BLUE, GREY),
-            yerr=error_bars(bars),
-            capsize=4,
-        )
+        named = {"reward model": model.mean, "length alone": length.mean}
+        errors = {"yerr": error_bars([model, length]), "capsize": 4}
+        drawn = axes.bar(list(named), list(named.values()), 0.55, color=(BLUE, GREY), **errors)
         axes.bar_label(drawn, fmt="%.3f", label_type="center", color="white")
         _draw_chance(axes, 0.5, "chance")
         axes.set_ylim(0, 1)
@@ -98,7 +76,7 @@ def draw_accuracy(run: Run) -> bytes | None:
 
 def draw_positions(run: Run) -> bytes | None:
     """Where the winner was shown, for the number of answers that occurs most often."""
-    table = widest_position_table(run)
+    table = run.widest_position_table
     if table is None:
         return None
     shares, k = table["winner_share"], table["k"]
@@ -117,12 +95,6 @@ def _draw_chance(axes: "Axes", height: float, label: str) -> None:
     axes.axhline(height, color="black", linestyle="--", linewidth=1)
     right = axes.get_yaxis_transform()
     axes.annotate(label, (1, height), (0, 3), right, "offset points", ha="right")
-
-
-def widest_position_table(run: Run) -> dict[str, Any] | None:
-    """The audit's table with the most rankings; None without an audit."""
-    tables = run.audit["positions"] if run.audit else []
-    return max(tables, key=lambda table: table["rankings"], default=None)
 
 
 def draw_against_kl(axes: "Axes", run: Run, name: str, label: str, color: str) -> None:
@@ -163,7 +135,7 @@ def new_figure(width: float, height: float) -> "Iterator[Figure]":
     import matplotlib.style
     from matplotlib.figure import Figure
 
-    with matplotlib.style.context(["default", STYLE]):
+    with matplotlib.style.context(["default", "starling.report.style"]):
         yield Figure(figsize=(width, height), layout="constrained")
 
 

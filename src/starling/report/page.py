@@ -5,16 +5,14 @@ What a run does not have is said to be missing.  Everything that came from a fil
 """
 
 import base64
-from importlib import resources
 from pathlib import Path
-from typing import Any
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, UndefinedError
 
 from starling import __version__
 from starling.base.errors import DataError
 from starling.base.files import write_atomically
-from starling.report import figures, words
+from starling.report import figures
 from starling.report.read import AFTER, BEFORE, Run, as_estimate, read_run
 
 COLUMNS = (
@@ -25,35 +23,20 @@ COLUMNS = (
 )
 """Figures of the bench with a value before and after: key, heading, decimals."""
 
-CHARTS = {
-    "Reward and gold against KL": (
-        "ppo",
-        "PPO validations",
-        figures.draw_overoptimisation,
-        words.explain_overoptimisation,
-    ),
-    "Response length": ("ppo", "PPO metrics", figures.draw_length, words.explain_length),
-    "Reward model against length": (
-        "reward",
-        "reward-model accuracy",
-        figures.draw_accuracy,
-        words.explain_accuracy,
-    ),
-    "Does the judge prefer a place?": (
-        "feedback",
-        "judge audit",
-        figures.draw_positions,
-        words.explain_positions,
-    ),
-}
-"""By title: the stage and the data that a chart needs, how it is drawn, how it is explained."""
+CHARTS = (
+    ("Reward and gold against KL", "overoptimisation", "ppo", "PPO validations"),
+    ("Response length", "length", "ppo", "PPO metrics"),
+    ("Reward model against length", "accuracy", "reward", "reward-model accuracy"),
+    ("Does the judge prefer a place?", "positions", "feedback", "judge audit"),
+)
+"""Title, name (`figures` draws it, `words.html.j2` explains it), stage, and the data it needs."""
 
 
 def write_report(run_folder: Path) -> Path:
     """Write `report.html` into the run folder; DataError for one without a run, or damaged."""
     try:
         page = _render(read_run(run_folder))
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, UndefinedError) as error:
         # JSON of another shape than a run writes: edited by hand, or of another version.
         raise DataError(
             f"a file in {run_folder} is not as a run writes it ({error!r}); run the recipe again"
@@ -65,59 +48,43 @@ def write_report(run_folder: Path) -> Path:
 
 def _render(run: Run) -> str:
     environment = Environment(
+        loader=PackageLoader("starling.report", ""),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    source = (resources.files("starling.report") / "page.html.j2").read_text(encoding="utf-8")
-    return environment.from_string(source).render(
+    charts = [
+        {"title": title, "name": name, "stage": stage, "data": data, "image": _image(run, name)}
+        for title, name, stage, data in CHARTS
+    ]
+    return environment.get_template("page.html.j2").render(
         version=__version__,
         run=run,
-        gain=words.explain_gain(run),
-        columns=[heading for _, heading, _ in COLUMNS],
-        rows=_table_rows(run),
-        charts=[_chart(run, title, *chart) for title, chart in CHARTS.items()],
+        gain=_gain(run),
+        columns=COLUMNS,
+        sides=(BEFORE, AFTER),
+        charts=charts,
     )
 
 
-def _table_rows(run: Run) -> list[dict[str, Any]]:
-    """The bench by category and, last, over all; empty without a bench."""
+def _gain(run: Run) -> str | None:
+    """The page's first sentence: what the bench says changed; None without a bench."""
     bench = run.figures("bench")
-    named = [*bench.get("by_category", {}).items(), ("all", bench)] if bench else []
-    rows = []
-    for name, found in named:
-        cells = [
-            _cell(found.get(key, {}).get(side), decimals)
-            for key, _, decimals in COLUMNS
-            for side in (BEFORE, AFTER)
-        ]
-        cells.append(_cell(found.get("win_rate"), 2))
-        rows.append({"name": name, "n": found["tokens_per_answer"][AFTER]["n"], "cells": cells})
-    return rows
+    parts = []
+    named = {"gold": "gold, sampled,", "gold_greedy": "gold, greedy,", "score": "judge's score"}
+    for name, label in named.items():
+        before, after = (as_estimate(bench.get(name, {}).get(side)) for side in (BEFORE, AFTER))
+        if before is not None and after is not None:
+            parts.append(f"{label} {before.mean:.2f} before and {after.mean:.2f} after")
+    wins = run.estimate("bench", "win_rate")
+    if wins is not None:
+        parts.append(f"the judge prefers the new answers in {wins.mean:.0%} of the comparisons")
+    return "On held-out questions: " + "; ".join(parts) + "." if parts else None
 
 
-def _cell(figure: dict[str, Any] | None, decimals: int) -> tuple[str, str]:
-    """A mean and its interval as text; both empty where the run has no such figure."""
-    estimate = as_estimate(figure)
-    if estimate is None:
-        return "", ""
-    interval = "unknown"
-    if estimate.low is not None and estimate.high is not None:
-        interval = f"{estimate.low:.{decimals}f} to {estimate.high:.{decimals}f}"
-    failed = f", {estimate.num_failed} failed" if estimate.num_failed else ""
-    return f"{estimate.mean:.{decimals}f}", interval + failed
-
-
-def _chart(run: Run, title: str, stage: str, data: str, draw: Any, explain: Any) -> dict:
-    """The chart as a data address, or what is missing for it; `alt` says what it shows."""
-    drawn = draw(run)
-    if drawn is None:
-        return {"title": title, "image": None, "text": f"No {data} in this run."}
-    text = explain(run)
-    if not run.figures(stage):
-        text += f" The stage {stage} has no figures in summary.json: it did not finish, or "
-        text += "was made from something else than the stages before it."
-    image = "data:image/svg+xml;base64," + base64.b64encode(drawn).decode()
-    return {"title": title, "image": image, "alt": f"{title}. {text}", "text": text}
+def _image(run: Run, name: str) -> str | None:
+    """The chart as a data address; None where the run lacks what it needs."""
+    drawn = getattr(figures, f"draw_{name}")(run)
+    return drawn and "data:image/svg+xml;base64," + base64.b64encode(drawn).decode()

@@ -48,11 +48,39 @@ class Run:
         """The stage's part of summary.json; {} when it has none."""
         return self.summary.get(stage, {})
 
+    def estimate(self, stage: str, name: str) -> Estimate | None:
+        """One of the stage's figures with its interval; None when it has none."""
+        return as_estimate(self.figures(stage).get(name))
+
     @property
     def selected(self) -> ValidationPoint | None:
         """The validation of the checkpoint that was kept."""
         step = self.figures("ppo").get("selected_step")
         return next((point for point in self.validations if point.step == step), None)
+
+    @property
+    def best_gold(self) -> ValidationPoint | None:
+        """The first validation of the highest gold; None where a point has no gold."""
+        golds = [point.gold.mean for point in self.validations if point.gold is not None]
+        if len(golds) < len(self.validations):
+            return None
+        return self.validations[golds.index(max(golds))]
+
+    @property
+    def highest_later_score(self) -> ValidationPoint | None:
+        """The highest reward-model score above that at the best gold and after it, if any."""
+        best = self.best_gold
+        if best is None:
+            return None
+        later = [p for p in self.validations if p.step > best.step]
+        rising = [point for point in later if point.score.mean > best.score.mean]
+        return max(rising, key=lambda point: point.score.mean, default=None)
+
+    @property
+    def widest_position_table(self) -> dict[str, Any] | None:
+        """The audit's table with the most rankings; None without an audit."""
+        tables = self.audit["positions"] if self.audit else []
+        return max(tables, key=lambda table: table["rankings"], default=None)
 
     @property
     def is_demo(self) -> bool:

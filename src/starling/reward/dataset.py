@@ -39,22 +39,15 @@ def encode_rankings(
 
     Rows of the same prompt go to the same side.  Raises DataError when a side would be empty.
     """
-    encoded: list[RankedRow] = []
-    num_cut = 0
-    for ranking in rankings:
-        row, cut = _encode_row(ranking, reward_model)
-        encoded.append(row)
-        num_cut += cut
+    encoded, cuts = zip(*(_encode_row(row, reward_model) for row in rankings), strict=True)
     num_answers = sum(len(row.sequences) for row in encoded)
-    if num_cut:
+    if any(cuts):
         logger.warning(
-            "%d of %d answers were cut to %d tokens (reward.truncate: %s)",
-            num_cut,
-            num_answers,
-            reward_model.max_length,
-            reward_model.truncate,
+            f"{sum(cuts)} of {num_answers} answers were cut to {reward_model.max_length} tokens "
+            f"(reward.truncate: {reward_model.truncate})"
         )
-    prompts = list(dict.fromkeys(_prompt_key(ranking) for ranking in rankings))
+    keys = [_prompt_key(ranking) for ranking in rankings]
+    prompts = list(dict.fromkeys(keys))
     order = permutation(len(prompts), seed, "reward/split", 0)
     num_held_out = max(1, round(held_out * len(prompts)))
     if num_held_out >= len(prompts):
@@ -63,11 +56,10 @@ def encode_rankings(
             "leaves none to train on. Give more rankings or lower reward.held_out"
         )
     apart = {prompts[index] for index in order[:num_held_out]}
-    keys = [_prompt_key(ranking) for ranking in rankings]
     rows = RankedRows(
         train=[row for row, key in zip(encoded, keys, strict=True) if key not in apart],
         held_out=[row for row, key in zip(encoded, keys, strict=True) if key in apart],
-        num_cut=num_cut,
+        num_cut=sum(cuts),
         num_answers=num_answers,
     )
     if all(len(set(row.ranks)) == 1 for row in rows.held_out):

@@ -87,8 +87,8 @@ def run(section: RewardSection, inputs: RewardInputs, out: Path, context: Contex
     accuracy = pair_accuracy(rows.held_out, _scores(trained, rows.held_out), seed=context.seed)
     length_only = length_only_accuracy(rows.held_out, seed=context.seed)
     figures = {
-        "pair_accuracy": accuracy.as_dict(),
-        "length_only_accuracy": length_only.as_dict(),
+        "pair_accuracy": dataclasses.asdict(accuracy),
+        "length_only_accuracy": dataclasses.asdict(length_only),
         "loss": sum(losses) / len(losses),
         "rankings": {"train": len(rows.train), "held_out": len(rows.held_out)},
         "answers": rows.num_answers,
@@ -126,9 +126,8 @@ def _schedule(section: RewardSection, steps: int) -> Schedule:
 
 
 def _scores(reward_model: RewardModel, rows: Sequence[RankedRow]) -> list[list[float]]:
-    flat = reward_model.raw_scores([ids for row in rows for ids in row.sequences]).tolist()
-    flat.reverse()
-    return [[flat.pop() for _ in row.sequences] for row in rows]
+    flat = iter(reward_model.raw_scores([ids for row in rows for ids in row.sequences]).tolist())
+    return [[next(flat) for _ in row.sequences] for row in rows]
 
 
 def _normalised(reward_model: RewardModel, rows: Sequence[RankedRow]) -> RewardModel:

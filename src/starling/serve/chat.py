@@ -16,7 +16,7 @@ from starling.base.errors import DataError, InputError
 from starling.base.files import write_atomically
 from starling.data.records import Message
 from starling.models.interfaces import Reply
-from starling.serve.session import Chat, clean
+from starling.serve.session import Chat, clean, visible
 
 NUM_SUGGESTIONS = 3
 
@@ -80,6 +80,7 @@ class Terminal:
             summary = "stopped: /retry asks again, /undo takes it back"
         else:
             summary = _summary(self.talk, reply, time.perf_counter() - started)
+            pieces = pieces or [""]  # an empty answer is an empty line
         finally:
             if pieces:
                 _write("\n")
@@ -256,7 +257,7 @@ def _write_pieces(stream: Generator[str, None, Reply], pieces: list[str]) -> Rep
         except StopIteration as end:
             return end.value
         pieces.append(piece)
-        _write(piece)
+        _write(visible(piece) if sys.stdout.isatty() else piece)
 
 
 def _summary(talk: Chat, reply: Reply, seconds: float) -> str:

@@ -5,7 +5,6 @@ What needs torch is imported where a model is loaded: a server's model is talked
 
 import logging
 import math
-import os
 import re
 from collections.abc import Generator, Mapping
 from dataclasses import KW_ONLY, dataclass, replace
@@ -14,14 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from starling.base.errors import DataError, InputError, some
+from starling.base.errors import DataError, InputError
 from starling.base.explain import explain
-from starling.base.files import neighbours
 from starling.base.seeding import derive_seed
 from starling.data.records import Conversation, Message, Prompt
 from starling.models.config import EndpointSection
 from starling.models.endpoint import Endpoint
 from starling.models.interfaces import Failure, Reply, Request, Sampling, StreamingResponder
+from starling.serve.find import find_mode, only_served_model, resolve_model
 
 if TYPE_CHECKING:
     from starling.data.chat import ChatCodec
@@ -29,6 +28,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 URL = re.compile(r"https?://")
 # How vLLM, llama.cpp and OpenAI word that a prompt is too long.
 CONTEXT_REFUSED = re.compile(r"context[ _](length|size|window)", re.IGNORECASE)
@@ -173,7 +173,9 @@ class Chat:
         except ValidationError as error:
             raise InputError("\n".join(explain(error, EndpointSection))) from error
         if self.tokenizer is not None:
-            self._codec = find_codec(self.tokenizer, self.chat_format)
+            from starling.models.loading import find_codec
+
+            self._codec = find_codec(resolve_model(self.tokenizer), self.chat_format)
         # Who waits for a slow server can press Ctrl-C.
         return Endpoint(
             self.model,
@@ -296,31 +298,6 @@ class Chat:
         self._num_left_out = count
 
 
-def find_codec(reference: str, chat_format: str | None) -> "ChatCodec":
-    """The chat codec of a run folder, model folder or hub id, without weights; or `openchat`."""
-    if reference == "openchat" and not Path(reference).exists():
-        from starling.data.chat import build_codec
-        from starling.data.tokenizer import load_tokenizer
-
-        return build_codec(chat_format or "openchat", load_tokenizer(reference), [])
-    from starling.models.loading import load_codec, load_config
-
-    found = resolve_model(reference)
-    return load_codec(found, load_config(found), chat_format)
-
-
-def find_mode(codec: "ChatCodec", wanted: str | None) -> str | None:
-    """A mode by its name or its beginning, upper or lower case; absent or "default", the first."""
-    modes = codec.format.modes
-    if wanted is None or (modes and wanted.lower() == "default"):
-        return modes[0] if modes else None
-    found = [name for name in modes if name.lower().startswith(wanted.lower())]
-    if len(found) != 1:
-        known = f"has {', '.join(modes)}" if modes else "has no modes"
-        raise DataError(f"unknown mode {wanted!r}; {codec.format.name} {known}")
-    return found[0]
-
-
 def read_messages(found: object) -> tuple[Message, ...]:
     """A conversation from outside: a text, or a list of messages; DataError says what is wrong.
 
@@ -353,47 +330,11 @@ def _clean_row(row: object) -> object:
     }
 
 
+def visible(text: str) -> str:
+    """The text with control characters written out: a terminal would obey them."""
+    return CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
+
+
 def clean(text: str) -> str:
     """The text with halves of surrogate pairs replaced."""
     return text.encode("utf-8", "replace").decode()
-
-
-def resolve_model(reference: str) -> str:
-    """A run folder's newest model; anything else stands for itself."""
-    run = Path(reference)
-    is_file_name = reference.endswith(".gguf")
-    if not run.exists() and (is_file_name or (run.parent != Path() and run.parent.is_dir())):
-        raise DataError(
-            f"there is no {'file' if is_file_name else 'folder'} {run}. {neighbours(run)}"
-        )
-    if not run.is_dir() or (run / "config.json").is_file():
-        return reference
-    for stage in ("ppo", "sft"):
-        if (run / stage / "model" / "config.json").is_file():
-            return str(run / stage / "model")
-    raise DataError(
-        f"{run} holds neither a model (config.json) nor a run's ppo/model or sft/model; "
-        "`starling demo` makes a run in runs/demo"
-    )
-
-
-def only_served_model(url: str, api_key_env: str | None) -> str:
-    """The name of the one model that a server serves; InputError with the names of several."""
-    import openai
-
-    Endpoint(url, "", api_key_env=api_key_env)  # it says so when the key is not set
-    key = os.environ[api_key_env] if api_key_env else "no-key-needed"
-    client = openai.OpenAI(base_url=url, api_key=key.strip(), max_retries=0, timeout=20)
-    advice = "Name the model with --served-model NAME, or check the address (it often ends in /v1)."
-    try:
-        served = [model.id for model in client.models.list().data or ()]
-    except openai.APIConnectionError as error:
-        raise InputError(f"no server answers at {url}. Start it, or check the address.") from error
-    except (openai.OpenAIError, AttributeError) as error:
-        raise InputError(
-            f"{url} does not say which models it serves ({error}). {advice}"
-        ) from error
-    if len(served) != 1:
-        names = some(sorted(served), 20) or "none"
-        raise InputError(f"{url} serves {len(served)} models: {names}. {advice}")
-    return served[0]

@@ -1,7 +1,6 @@
 """What a model reads: a conversation's rendered text, token ids and response mask."""
 
 import json
-import re
 import sys
 import textwrap
 from dataclasses import dataclass
@@ -12,7 +11,8 @@ from typing import TYPE_CHECKING, Literal
 from starling.base.errors import DataError, InputError
 from starling.base.files import neighbours
 from starling.data.records import Message
-from starling.serve.session import find_mode, read_messages
+from starling.serve.find import find_mode
+from starling.serve.session import read_messages, visible
 
 if TYPE_CHECKING:
     from starling.data.chat import ChatCodec
@@ -25,7 +25,6 @@ EXAMPLE = (
 
 SYSTEMS = {"bare": "openchat", "role": "openchat-role", "refuse": "openchat-refuse"}
 EXPECTED = 'it must hold a list of {"role": "user", "content": "..."}'
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 Kind = Literal["marker", "prompt", "response"]
 COLOURS: dict[Kind, str] = {"marker": "35", "response": "32"}
@@ -71,11 +70,11 @@ class Rendering:
             f"{spoken}: {len(masks)} tokens, {sum(masks)} in the response mask (1)",
             *([legend] if coloured else []),
             "",
-            "".join(_paint(_visible(run.text), run.kind, coloured) for run in self.runs),
+            "".join(_paint(visible(run.text), run.kind, coloured) for run in self.runs),
             "",
         ]
         for run in self.runs:
-            shown = _paint(json.dumps(_visible(run.text), ensure_ascii=False), run.kind, coloured)
+            shown = _paint(json.dumps(visible(run.text), ensure_ascii=False), run.kind, coloured)
             lines.append(f"{run.mask:d}  {run.kind:8}  {shown}")
             ids = " ".join(map(str, run.ids))
             lines += textwrap.wrap(ids, max(40, width), initial_indent=" " * 13)
@@ -140,8 +139,3 @@ def _json_kind(found: object) -> str:
 def _paint(text: str, kind: Kind, coloured: bool) -> str:
     colour = COLOURS.get(kind) if coloured else None
     return text if colour is None else f"\x1b[{colour}m{text}\x1b[0m"
-
-
-def _visible(text: str) -> str:
-    """The text with control characters written out: a terminal would obey them."""
-    return CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)

@@ -7,7 +7,6 @@ import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from starling.base.context import Context
 from starling.base.errors import DataError
@@ -30,14 +29,7 @@ from starling.models.causal_lm import (
     save_model,
     token_logprobs,
 )
-from starling.models.training import (
-    Journal,
-    Trainable,
-    adamw,
-    batch_indices,
-    cosine,
-    warmup_then,
-)
+from starling.models.training import Journal, Trainable, adamw, batch_indices, cosine, warmup_then
 from starling.sft.config import SftInputs, SftSection
 
 logger = logging.getLogger(__name__)
@@ -50,7 +42,7 @@ def run(section: SftSection, inputs: SftInputs, out: Path, context: Context) -> 
     )
     language_model = _starting_model(section, inputs, conversations, context)
     model, codec = language_model.model, language_model.codec
-    data = _encode(conversations, codec, section)
+    rows = _encode(conversations, codec, section)
     trainable = Trainable(
         {"model": model},
         adamw(
@@ -65,7 +57,7 @@ def run(section: SftSection, inputs: SftInputs, out: Path, context: Context) -> 
     )
 
     def order(epoch: int) -> list[int]:
-        return permutation(len(data.rows), context.seed, "sft/order", epoch)
+        return permutation(len(rows), context.seed, "sft/order", epoch)
 
     with (
         Journal(out, trainable, context, every=section.checkpoint_every) as journal,
@@ -74,8 +66,8 @@ def run(section: SftSection, inputs: SftInputs, out: Path, context: Context) -> 
         snapshot = journal.resume()
         loss_value = float(snapshot.state["extra"].get("loss", 0.0))
         for step in range(snapshot.step, section.steps):
-            chosen = batch_indices(step, section.batch, order, len(data.rows))
-            loss_value = accumulate(language_model, [data.rows[i] for i in chosen])
+            chosen = batch_indices(step, section.batch, order, len(rows))
+            loss_value = accumulate(language_model, [rows[i] for i in chosen])
             if not math.isfinite(loss_value):
                 raise DataError(
                     f"the loss is {loss_value} at step {step + 1}; lower sft.lr, or look at the "
@@ -91,12 +83,12 @@ def run(section: SftSection, inputs: SftInputs, out: Path, context: Context) -> 
     save_model(out / "model", model, codec)
     figures = {
         "loss": loss_value,
-        "conversations": len(data.rows),
-        "too_long": data.num_too_long,
+        "conversations": len(rows),
+        "too_long": len(conversations) - len(rows),
         "parameters": model.num_parameters(),
     }
     sentence = (
-        f"Tuned a {model.num_parameters():,}-parameter policy on {len(data.rows)} conversations "
+        f"Tuned a {model.num_parameters():,}-parameter policy on {len(rows)} conversations "
         f"-> {out / 'model'}"
     )
     return Summary(sentence, figures)
@@ -117,13 +109,6 @@ def accumulate(language_model: LanguageModel, rows: Sequence[Encoded]) -> float:
         loss.backward()
         total += loss.item()
     return total
-
-
-class Encodings(NamedTuple):
-    """Encoded conversations, and how many were left out for their length."""
-
-    rows: list[Encoded]
-    num_too_long: int
 
 
 def _starting_model(
@@ -149,20 +134,18 @@ def _starting_model(
 
 def _encode(
     conversations: Sequence[Conversation], codec: ChatCodec, section: SftSection
-) -> Encodings:
+) -> list[Encoded]:
+    """The conversations that are not too long."""
     encoded = [codec.encode(row.messages) for row in conversations]
     rows = [row for row in encoded if len(row.ids) <= section.max_length]
-    num_too_long = len(encoded) - len(rows)
-    if num_too_long:
+    if len(rows) < len(encoded):
         logger.warning(
-            "%d of %d conversations are longer than sft.max_length (%d tokens) and are left out",
-            num_too_long,
-            len(encoded),
-            section.max_length,
+            f"{len(encoded) - len(rows)} of {len(encoded)} conversations are longer than "
+            f"sft.max_length ({section.max_length} tokens) and are left out"
         )
     if not rows:
         raise DataError(
             f"every conversation is longer than sft.max_length ({section.max_length} tokens); "
             "raise it, or split the conversations"
         )
-    return Encodings(rows, num_too_long)
+    return rows

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from starling.base.errors import DataError
-from starling.feedback.prompts import read_prompts
+from starling.feedback.candidates import read_prompts
 
 
 def write(path, rows):
