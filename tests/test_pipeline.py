@@ -13,6 +13,7 @@ import yaml
 from starling import pipeline
 from starling.base.errors import DataError, InputError, Stopped
 from starling.base.stage import Summary
+from starling.inputs import Paths, hash_inputs, resolve_feedback
 from starling.recipe import STAGES, Recipe, validate_recipe
 
 TREE = {
@@ -114,7 +115,8 @@ def test_each_stage_reads_what_the_one_before_it_wrote(world):
     world.run()
     run = world.out
     assert world.inputs["sft"].conversations == world.folder / "data" / "sft.jsonl"
-    assert world.inputs["feedback"].candidates == (str(run / "sft" / "model"), "org/hub-model")
+    models = [candidate.model for candidate in world.inputs["feedback"].candidates]
+    assert models == [str(run / "sft" / "model"), "org/hub-model"]
     assert world.inputs["reward"].rankings == run / "feedback" / "rankings.jsonl"
     assert world.inputs["reward"].base == str(run / "sft" / "model")
     assert world.inputs["ppo"].policy == str(run / "sft" / "model")
@@ -403,3 +405,39 @@ def test_prepare_may_make_the_inputs(world):
 
     pipeline.run_pipeline(world.recipe, world.folder, out=world.out, only="sft", prepare=make)
     assert world.calls == ["sft"]
+
+
+def test_a_servers_tokenizer_is_found_beside_the_recipe_and_a_changed_one_makes_anew(tmp_path):
+    folder = tmp_path / "tok"
+    folder.mkdir()
+    (folder / "tokenizer.json").write_text("{}", encoding="utf-8")
+    url = {"url": "http://localhost:1/v1", "tokenizer": "tok"}
+    tree = json.loads(json.dumps(TREE))
+    tree["feedback"]["candidates"][0] |= url
+    tree["judge"] = {"kind": "endpoint", "model": "m", **url}
+    recipe = validate_recipe(tree, "mine")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "prompts.jsonl").write_text("\n", encoding="utf-8")
+    paths = Paths(tmp_path / "run", tmp_path)
+    found = resolve_feedback(recipe.feedback, recipe, paths)
+    assert [found.candidates[0].tokenizer, found.judge.tokenizer] == [str(folder)] * 2
+    assert found.candidates[1].model == "org/hub-model"
+    before = hash_inputs(found)
+    (folder / "tokenizer.json").write_text("{ }", encoding="utf-8")
+    after = hash_inputs(found)
+    changed = {key for key in before if before[key] != after[key]}
+    assert changed == {"candidates.0.tokenizer", "judge.tokenizer"}
+
+
+def test_a_servers_tokenizer_that_is_nowhere_is_refused_and_openchat_is_always_there(tmp_path):
+    tree = json.loads(json.dumps(TREE))
+    tree["judge"] = {"kind": "endpoint", "url": "http://h/v1", "model": "m", "tokenizer": "tok"}
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "prompts.jsonl").write_text("\n", encoding="utf-8")
+    paths = Paths(tmp_path / "run", tmp_path, pending=("sft",))
+    recipe = validate_recipe(tree, "mine")
+    with pytest.raises(DataError, match=r"judge\.tokenizer: there is no model folder 'tok'"):
+        resolve_feedback(recipe.feedback, recipe, paths)
+    tree["judge"]["tokenizer"] = "openchat"
+    recipe = validate_recipe(tree, "mine")
+    assert resolve_feedback(recipe.feedback, recipe, paths).judge.tokenizer == "openchat"

@@ -8,19 +8,21 @@ import re
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from starling.base.errors import DataError
 from starling.base.files import neighbours
 from starling.base.hashing import hash_file, hash_json, hash_tree
 from starling.bench.config import BenchInputs, BenchSection
-from starling.feedback.config import FeedbackInputs, FeedbackSection
+from starling.feedback.config import Candidate, FeedbackInputs, FeedbackSection
 from starling.judging.config import JudgeSection
 from starling.manifest import MANIFEST
 from starling.ppo.config import PpoInputs, PpoSection
 from starling.recipe import STAGES, Recipe
 from starling.reward.config import RewardInputs, RewardSection
 from starling.sft.config import SftInputs, SftSection
+
+Asked = TypeVar("Asked", JudgeSection, Candidate)
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -91,9 +93,7 @@ def resolve_feedback(section: FeedbackSection, recipe: Recipe, paths: Paths) -> 
     return FeedbackInputs(
         prompts=paths.file("feedback.prompts", section.prompts),
         candidates=tuple(
-            candidate.model
-            if candidate.url is not None
-            else paths.model(f"feedback.candidates.{number}.model", candidate.model)
+            _resolved(candidate, f"feedback.candidates.{number}", paths)
             for number, candidate in enumerate(section.candidates)
         ),
         judge=_needed_judge(recipe, paths),
@@ -146,10 +146,17 @@ def _needed_judge(recipe: Recipe, paths: Paths) -> JudgeSection:
 
 
 def _judge(recipe: Recipe, paths: Paths) -> JudgeSection | None:
-    judge = recipe.judge
-    if judge is None or judge.kind != "local" or judge.model is None:
-        return judge
-    return judge.model_copy(update={"model": paths.model("judge.model", judge.model)})
+    return None if recipe.judge is None else _resolved(recipe.judge, "judge", paths)
+
+
+def _resolved(asked: Asked, key: str, paths: Paths) -> Asked:
+    """Who is asked, with the folders found: of a model in this process, of a server's tokenizer."""
+    found = {}
+    if asked.url is None and asked.model is not None:
+        found["model"] = paths.model(f"{key}.model", asked.model)
+    if asked.tokenizer is not None and asked.tokenizer != "openchat":
+        found["tokenizer"] = paths.model(f"{key}.tokenizer", asked.tokenizer)
+    return asked.model_copy(update=found)
 
 
 def hash_inputs(inputs: Any) -> dict[str, dict[str, Any]]:
@@ -163,10 +170,11 @@ def _entries(name: str, value: Any) -> Iterator[tuple[str, dict[str, Any]]]:
         case tuple():
             for number, item in enumerate(value):
                 yield from _entries(f"{name}.{number}", item)
-        case JudgeSection():
+        case JudgeSection() | Candidate():
             settings = value.model_dump(mode="json")
-            if value.kind == "local":
-                yield from _entries(f"{name}.model", settings.pop("model"))
+            for field in ("model", "tokenizer"):
+                if settings[field] is not None and Path(settings[field]).is_absolute():
+                    yield from _entries(f"{name}.{field}", settings.pop(field))
             yield name, {"path": None, "sha256": hash_json(settings)}
         case Path():
             yield name, {"path": str(value), "sha256": hash_file(value)}

@@ -80,7 +80,7 @@ def stage(url, folder, *, rows=None, candidates=CANDIDATES, judge=None, stop=Non
     )
     inputs = FeedbackInputs(
         prompts=prompts,
-        candidates=tuple(model for model, _ in candidates),
+        candidates=section.candidates,
         judge=judge or JudgeSection(url=url, model="judge"),
     )
     context = Context(rank=0, world_size=1, device="cpu", threads=1, seed=7)

@@ -14,7 +14,7 @@ from starling.base.errors import DataError
 from starling.base.jsonl import read_records
 from starling.base.seeding import derive_seed, permutation
 from starling.data.records import Prompt, RankedAnswer
-from starling.feedback.config import Candidate, FeedbackInputs, FeedbackSection
+from starling.feedback.config import Candidate
 from starling.judging.recorded import Recorded
 from starling.models.interfaces import Failure, Reply, Request, Responder, Sampling
 
@@ -59,13 +59,13 @@ def read_prompts(
 
 @contextmanager
 def open_sources(
-    section: FeedbackSection, inputs: FeedbackInputs, ledger: Path, context: Context
+    candidates: Sequence[Candidate], ledger: Path, context: Context
 ) -> Iterator[list[Source]]:
     """Load or connect to every candidate, each recorded in the ledger, until the block ends."""
     with ExitStack() as stack:
         yield [
-            (each, stack.enter_context(Recorded(_responder(each, model, context), ledger)))
-            for each, model in zip(section.candidates, inputs.candidates, strict=True)
+            (each, stack.enter_context(Recorded(_responder(each, context), ledger)))
+            for each in candidates
         ]
 
 
@@ -84,11 +84,11 @@ def collect_answers(
     return [_answer_set(prompt, outcomes[prompt.id]) for prompt in prompts]
 
 
-def _responder(candidate: Candidate, model: str, context: Context) -> Responder:
+def _responder(candidate: Candidate, context: Context) -> Responder:
     if candidate.url is None:
         from starling.models.local import load_local
 
-        return load_local(model, context.device, chat_format=candidate.chat_format)
+        return load_local(candidate.model, context.device, chat_format=candidate.chat_format)
     from starling.models.endpoint import connect
 
     return connect(candidate, candidate.model)

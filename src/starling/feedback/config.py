@@ -60,8 +60,8 @@ class FeedbackSection(Section):
 
 @dataclass(frozen=True)
 class FeedbackInputs:
-    """What the pipeline resolved: `candidates` holds each one's model, in the section's order."""
+    """What the pipeline resolved: `candidates` are the section's, with their folders found."""
 
     prompts: Path
-    candidates: tuple[str, ...]
+    candidates: tuple[Candidate, ...]
     judge: JudgeSection

@@ -39,7 +39,7 @@ def run(section: FeedbackSection, inputs: FeedbackInputs, out: Path, context: Co
     ledger = out / "calls.sqlite"
     judge_seed = derive_seed(context.seed, "feedback/judge")
     with (
-        open_sources(section, inputs, ledger, context) as sources,
+        open_sources(inputs.candidates, ledger, context) as sources,
         build_judge(inputs.judge, seed=judge_seed, ledger=ledger, context=context) as judge,
     ):
         outcomes = _rank_in_rounds(section, prompts, sources=sources, judge=judge, context=context)
