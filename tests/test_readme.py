@@ -71,6 +71,17 @@ def test_the_recipe_is_one_that_runs(tmp_path: Path) -> None:
     assert sum(candidate.answers for candidate in recipe.feedback.candidates) == 7
 
 
+def test_the_python_lines_get_an_answer(policy_folder, tmp_path, monkeypatch, capsys) -> None:
+    (text,) = blocks("python")
+    assert len([line for line in text.splitlines() if line]) <= 3
+    stage = tmp_path / "runs" / "demo" / "ppo"
+    stage.mkdir(parents=True)
+    (stage / "model").symlink_to(policy_folder, target_is_directory=True)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(text, "README.md", "exec"), {})
+    assert capsys.readouterr().out.strip()
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_links_lead_to_files(page: Path) -> None:
     text = page.read_text(encoding="utf-8")

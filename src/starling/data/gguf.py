@@ -4,7 +4,6 @@ The head is read here, not with the `gguf` package, which takes seconds for a la
 brings packages of its own.  Source: docs/gguf.md in ggml-org/ggml.
 """
 
-import json
 import mmap
 import re
 import struct
@@ -81,7 +80,7 @@ def _tokenizer(path: Path, metadata: dict[str, Any]) -> TextTokenizer:
     beside = path.with_name("tokenizer.json")
     kind, cut = metadata.get(f"{_KEY}model"), metadata.get(f"{_KEY}pre")
     if beside.is_file():
-        backend = _from_json(beside, pieces, special)
+        backend = _from_json(beside, pieces)
     elif kind == "llama":
         scores = metadata[f"{_KEY}scores"]
         space = metadata.get(f"{_KEY}add_space_prefix", True)
@@ -122,11 +121,8 @@ def stop_ids(metadata: dict[str, Any]) -> list[int]:
     return [end for end in ends if end is not None]
 
 
-def _from_json(beside: Path, pieces: list[str], special: set[int]) -> Tokenizer:
-    content = json.loads(beside.read_text(encoding="utf-8"))
-    for token in content["added_tokens"]:
-        token["special"] |= token["id"] in special
-    backend = Tokenizer.from_str(json.dumps(content))
+def _from_json(beside: Path, pieces: list[str]) -> Tokenizer:
+    backend = Tokenizer.from_file(str(beside))
     found = backend.get_vocab(with_added_tokens=True)
     if wrong := [text for text, i in found.items() if i >= len(pieces) or pieces[i] != text]:
         raise ModelError(

@@ -8,12 +8,10 @@ A sample's seed is its own, token by token: streamed or not, it is the same.  Wh
 what the cache holds from before, changes results by rounding only.
 """
 
-import ctypes
 import importlib
 import math
 import os
 import secrets
-import signal
 import threading
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -244,12 +242,6 @@ def _start(path: Path, architecture: str, threads: int | None, context: int) -> 
     params.verbosity, params.cache_ram_mib, params.fit_params = -1, 0, False
     # xllamacpp opens a port on this machine, which nothing here uses: let nobody in.
     params.api_keys, params.ui = [secrets.token_hex()], False
-    # It also takes Ctrl-C for itself.  Put back through C: Python's way is for the main thread.
-    get = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.c_int)(("PyOS_getsig", ctypes.pythonapi))
-    put = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p)(
-        ("PyOS_setsig", ctypes.pythonapi)
-    )
-    handlers = {number: get(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         server = llama.Server(params)
         # A server that is dropped before its loop runs waits for ever.  This waits for the loop.
@@ -261,6 +253,3 @@ def _start(path: Path, architecture: str, threads: int | None, context: int) -> 
             f"({path.stat().st_size / 1e9:.1f} GB and the cache), or its architecture "
             f"{architecture!r} newer than the installed xllamacpp"
         ) from error
-    finally:
-        for number, handler in handlers.items():
-            put(number, handler)
