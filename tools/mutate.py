@@ -3,9 +3,9 @@
     python tools/mutate.py              all mutants; exit status 1 if any survives
     python tools/mutate.py advantage    only those of files whose path holds the word
 
-Each mutant is applied to a temporary copy of the tree, never in place; the tests named beside it
-then run there.  A mutant whose old text is not found exactly once is an error: the list is stale.
-Equivalent changes (a difference that no input shows) are not in the list.
+Each mutant of `mutants.py` is applied to a temporary copy of the tree, never in place; the tests
+named beside it then run there.  A mutant whose old text is not found exactly once is an error: the
+list is stale.  Equivalent changes (a difference that no input shows) are not in the list.
 """
 
 import os
@@ -16,6 +16,8 @@ import tempfile
 import time
 from pathlib import Path
 from typing import NamedTuple
+
+from mutants import CHANGES
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -37,125 +39,6 @@ class Mutant(NamedTuple):
     old: str
     new: str
 
-
-# By file: the tests that must notice, and changes that leave the code running but wrong.
-CHANGES = {
-    ("reward/loss.py", "tests/reward/test_reward_loss.py"): [
-        ("weight = weight * keep[:, None, :]", "weight = weight * 1"),
-        ("other > stage", "other < stage"),
-        ("share = 1 - nth", "share = 1 - 0 * nth"),
-        ("diagonal=-1", "diagonal=0"),
-        ("remaining - scores.float(), 0.0", "scores.float() - remaining, 0.0"),
-        ("(num_kept - 1)", "num_kept"),
-        ("terms.sum(dim=1) / (num_kept - 1)", "terms.mean(dim=1)"),
-        ("(num_kept < 2)", "(num_kept < 1)"),
-        (" or not is_ranked.any(dim=1).all()", ""),
-        ("keep & (ranks != UNRANKED)", "keep & (ranks == ranks)"),
-        ("weight.log()).logsumexp(dim=2)", "weight.log()).exp().sum(dim=2).log()"),
-    ],
-    ("ppo/kl.py", "tests/ppo/test_kl.py"): [
-        ("return logprobs - ref_logprobs", "return ref_logprobs - logprobs"),
-        ("torch.exp(-difference)", "torch.exp(difference)"),
-        ("- 1 + difference", "- 1 - difference"),
-        (
-            "masked_sum(kl, response_mask, dim=1)",
-            "masked_sum(kl, response_mask, dim=1) / response_mask.sum(dim=1)",
-        ),
-        ("measured / self.target - 1", "1 - measured / self.target"),
-        ("measured / self.target - 1", "measured - self.target"),
-        ("-0.2), 0.2)", "-0.2), 0.3)"),
-        ("-0.2), 0.2)", "-0.3), 0.2)"),
-        ("error * episodes / self.horizon", "error / self.horizon"),
-    ],
-    ("ppo/advantage.py", "tests/ppo/test_advantage.py"): [
-        ("response_mask, -kl_coef * kl", "response_mask, kl_coef * kl"),
-        ("torch.where(response_mask, -kl_coef * kl, 0.0)", "-kl_coef * kl"),
-        ("positions, -1).argmax", "positions, -1).argmin"),
-        ("positions, -1).argmax", "-positions, -99).argmax"),
-        ("rewards.scatter_add", "rewards.scatter"),
-        ("+ gamma * next_value - values", "- gamma * next_value + values"),
-        ("+ gamma * next_value -", "+ next_value -"),
-        ("gamma * gae_lambda * next_advantage", "gae_lambda * next_advantage"),
-        ("gamma * gae_lambda * next_advantage", "gamma * next_advantage"),
-        ("next_value = torch.where(keep, values[:, t], next_value)", "next_value = values[:, t]"),
-        ("torch.where(keep, advantage, next_advantage)", "advantage"),
-        ("torch.where(keep, advantage, 0.0)", "advantage"),
-        ("response_mask, advantages + values, 0.0", "response_mask, advantages - values, 0.0"),
-        ("(values - masked_mean(values, mask)) *", "values *"),
-        ("masked_var(values, mask) +", "masked_var(values, mask) ** 2 +"),
-        ("torch.where(mask, scaled, 0.0)", "scaled"),
-    ],
-    ("ppo/loss.py", "tests/ppo/test_ppo_loss.py"): [
-        (
-            "torch.exp(torch.where(response_mask, logprobs - old_logprobs, 0.0))",
-            "torch.exp(torch.where(response_mask, old_logprobs - logprobs, 0.0))",
-        ),
-        (
-            "torch.exp(torch.where(response_mask, logprobs - old_logprobs, 0.0))",
-            "torch.exp(logprobs - old_logprobs)",
-        ),
-        ("plain = -advantages * ratio", "plain = advantages * ratio"),
-        ("1 - clip_range, 1 + clip_range)\n    loss", "0, 1 + clip_range)\n    loss"),
-        ("1 - clip_range, 1 + clip_range)\n    loss", "1 - clip_range, 99)\n    loss"),
-        (
-            "response_mask, torch.maximum(plain, clipped)",
-            "response_mask, torch.minimum(plain, clipped)",
-        ),
-        ("response_mask, torch.maximum(plain, clipped)", "response_mask, clipped"),
-        ("old_values + (values - old_values).clamp", "values.clamp"),
-        ("0.5 * torch.maximum(plain, clipped)", "torch.maximum(plain, clipped)"),
-        ("0.5 * torch.maximum(plain, clipped)", "0.5 * torch.minimum(plain, clipped)"),
-        (
-            "torch.where(response_mask, 0.5 * torch.maximum(plain, clipped), 0.0)",
-            "0.5 * torch.maximum(plain, clipped)",
-        ),
-    ],
-    ("base/masked.py", "tests/base/test_masked.py"): [
-        ("_kept(values, mask, None).sum() / mask.sum()", "_kept(values, mask, None).mean()"),
-        ("return kept.sum() if dim is None else kept.sum(dim)", "return kept.sum()"),
-        ("torch.where(mask, values, zeros)", "(values * mask)"),
-        ("torch.where(mask, values, zeros)", "torch.where(mask, zeros, values)"),
-        ("(kept - kept.sum() / mask.sum())", "(kept - kept.mean())"),
-        ("if not has_kept:", "if False:"),
-        ("mask.any() if dim is None else mask.any(dim).all()", "mask.any()"),
-        (".to(torch.promote_types(values.dtype, torch.float32))", ""),
-    ],
-    ("base/estimate.py", "tests/base/test_estimate.py"): [
-        ("range(array.size) if clusters is None else clusters", "range(array.size)"),
-        ("tail = (1 - LEVEL) / 2", "tail = 1 - LEVEL"),
-        ("weights=array - mean)", "weights=array)"),
-        ("/ sizes[drawn].sum(axis=1)", "/ num_clusters"),
-        ("if len(number_of) > 1:", "if True:"),
-    ],
-    ("ppo/train.py", "tests/ppo/test_rollout_and_update.py"): [
-        ("int(rollout.response_mask[minibatch].sum())", "len(minibatch)"),
-        (
-            "rows.response_mask, temperature=section.temperature",
-            "rows.response_mask, temperature=1.0",
-        ),
-        ("section.value_coef * value.loss.sum()", "value.loss.sum()"),
-        ('f"ppo/minibatch/{step}", epoch)', 'f"ppo/minibatch/{step}", 0)'),
-        ("estimated.advantages[indices, :width]", "estimated.advantages[: len(indices), :width]"),
-    ],
-    ("ppo/rollout.py", "tests/ppo/test_rollout_and_update.py"): [
-        ("mask, temperature=temperature))\n    return", "mask, temperature=1.0))\n    return"),
-        ("(is_finished, scores, torch", "(is_finished, scores, scores + torch"),
-    ],
-    ("ppo/actor_critic.py", "tests/ppo/test_rollout_and_update.py"): [
-        ("predicting_states(states).float()", "states.float()"),
-        ("nn.init.zeros_(self.value_head.weight)", "nn.init.ones_(self.value_head.weight)"),
-        ("hidden if self.trunk is None else", "hidden if True else"),
-    ],
-    # What a resumed run would do otherwise than an undisturbed one.
-    ("ppo/train.py", "tests/resume/test_kill_and_resume.py"): [
-        ('snapshot.state["extra"].get("kl_coef", section.kl_coef)', "section.kl_coef"),
-        ('Selection.resume(snapshot.state["extra"], snapshot.tensors)', "Selection()"),
-    ],
-    ("models/training.py", "tests/resume/test_kill_and_resume.py"): [
-        ('self._metrics.cut_back(snapshot.state["metrics_offset"])', "pass"),
-        ("step % self._every == 0 or stopping", "step % self._every == 0"),
-    ],
-}
 
 MUTANTS = [
     Mutant(file, tests, *change) for (file, tests), changes in CHANGES.items() for change in changes
