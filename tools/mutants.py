@@ -217,4 +217,18 @@ CHANGES = {
     ("serve/tokens.py", "tests/serve/test_tokens.py"): [
         ("before += ids\n", "before = ids\n"),
     ],
+    ("data/gguf.py", "tests/models/test_gguf_engine.py"): [
+        ("kind == CONTROL or _MARKER.fullmatch(pieces[i])", "kind == CONTROL"),
+    ],
+    ("models/gguf_engine.py", "tests/models/test_gguf_engine.py"): [
+        (
+            'samplers=["temperature", "top_k", "top_p"]',
+            'samplers=["top_k", "top_p", "temperature"]',
+        ),
+        ("(known[token] - highest) / temperature -", "(known[token] - highest) -"),
+        ("token in ends or", "token in self._codec.stop_ids or"),
+        ('"gguf", index, len(ids))', '"gguf", 0, len(ids))'),
+        ("self._free and self._room >= needed", "self._free"),
+        (', "mirostat": 0', ""),
+    ],
 }

@@ -75,7 +75,9 @@ def write_gguf(path, model, vocabulary, architecture="llama"):
     return path
 
 
-def byte_level(tokenizer, *, end_type=CONTROL, pre="gpt-2", kind="gpt2", merges=None):
+def byte_level(
+    tokenizer, *, end_type=CONTROL, pre="gpt-2", kind="gpt2", merges=None, template=None
+):
     """The tiny byte-level vocabulary as metadata; no pad token, as in most files."""
     content = json.loads(tokenizer.saved.backend_tokenizer.to_str())
     pieces = tokenizer.saved.convert_ids_to_tokens(list(range(len(tokenizer))))
@@ -90,6 +92,8 @@ def byte_level(tokenizer, *, end_type=CONTROL, pre="gpt-2", kind="gpt2", merges=
         joined = [" ".join(merge) for merge in content["model"]["merges"]]
         writer.add_token_merges(merges or joined)
         writer.add_bos_token_id(BOS)
+        if template is not None:
+            writer.add_chat_template(template)
         # Files of the wrong kind often name the base model's end as well.
         writer.add_eos_token_id(END if end_type == CONTROL else 2)
 
@@ -465,6 +469,16 @@ def test_a_tokenizer_that_would_be_a_guess_is_refused(policy, tmp_path, change, 
     path = write_gguf(tmp_path / "m.gguf", policy.model, vocabulary)
     with pytest.raises(ModelError, match=message):
         load_gguf(path)
+
+
+def test_a_template_that_contradicts_the_markers_is_refused_until_one_is_named(policy, tmp_path):
+    # The role names of a widely copied wrong card.
+    wrong = "{% for m in messages %}GPT4 User: {{ m['content'] }}<|end_of_turn|>{% endfor %}"
+    vocabulary = byte_level(policy.codec.tokenizer, template=wrong)
+    path = write_gguf(tmp_path / "m.gguf", policy.model, vocabulary)
+    with pytest.raises(ModelError, match=r"GPT4 User: Hello.*set chat_format to openchat"):
+        load_gguf(path)
+    assert load_gguf(path, chat_format="openchat", threads=1).codec.format.name == "openchat"
 
 
 def test_files_that_cannot_be_read_say_so_and_llama_cpp_says_nothing(policy, file, tmp_path, capfd):

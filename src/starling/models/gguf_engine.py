@@ -26,7 +26,7 @@ from starling.base.seeding import derive_seed
 from starling.data.chat import FORMATS, ChatCodec, build_codec
 from starling.data.gguf import gguf_tokenizer, read_metadata, stop_ids
 from starling.models.interfaces import GenerationRequest, Request, Sample, Sampling
-from starling.models.loading import guess_format
+from starling.models.loading import check_template, guess_format
 from starling.models.local import Local
 
 if TYPE_CHECKING:
@@ -216,6 +216,8 @@ def load_gguf(
         raise ModelError(
             f"{path}: the chat format is not known; set chat_format to one of {', '.join(FORMATS)}"
         )
+    if chat_format is None and name.startswith("openchat"):
+        check_template(str(path), name, tokenizer)
     codec = build_codec(name, tokenizer, stop_ids(metadata))
     architecture = metadata.get("general.architecture")
     trained = metadata.get(f"{architecture}.context_length", LONGEST_CONTEXT)

@@ -200,7 +200,7 @@ def load_codec(reference: str, config: PretrainedConfig, chat_format: str | None
             f"{', '.join(FORMATS)}"
         )
     if chat_format is None and name.startswith("openchat"):
-        _check_template(reference, name, tokenizer)
+        check_template(reference, name, tokenizer)
     stops = config.eos_token_id
     # Many folders have no generation_config.json; then config.json's end of sequence stands.
     with contextlib.suppress(OSError):
@@ -226,7 +226,7 @@ def guess_format(tokenizer: TextTokenizer) -> str | None:
     return "chatml" if tokenizer.marker_id("<|im_end|>") is not None else None
 
 
-def _check_template(reference: str, name: str, tokenizer: TextTokenizer) -> None:
+def check_template(reference: str, name: str, tokenizer: TextTokenizer) -> None:
     """Refuse a stored template that writes user and assistant turns unlike format `name`."""
     saved = tokenizer.saved
     if not saved.chat_template:
