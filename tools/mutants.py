@@ -231,4 +231,23 @@ CHANGES = {
         ("self._free and self._room >= needed", "self._free"),
         (', "mirostat": 0', ""),
     ],
+    ("models/sampling.py", "tests/models/test_sampling.py"): [
+        ("near = (target - edges.gather(1, place) < margin)", "near = (target < 0)"),
+        ("edges.gather(1, place + 1) - target < margin", "target < 0"),
+        ("before >= top_p", "share >= top_p"),
+    ],
+    ("models/decoder.py", "tests/models/test_decoder.py"): [
+        (
+            "out |= columns <= positions[:, None] - window",
+            "out |= columns < positions[:, None] - window",
+        ),
+        ("if not self._is_current():", "if False:"),
+        ("ones.tril() & ~ones.tril(-window)", "ones.tril() & ~ones.tril(-window - 1)"),
+    ],
+    ("models/torch_engine.py", "tests/models/test_decoder.py"): [
+        ("self.decoder = decoder_for(self.model)", "pass"),
+    ],
+    ("models/torch_engine.py", "tests/models/test_torch_engine.py"): [
+        ("self.cache.copy(len(self.rows), [slot], last.position)", "pass"),
+    ],
 }

@@ -235,6 +235,13 @@ def given_its_own_weights(model, decoder):
     decoder.sync(model.state_dict(), 1)
 
 
+def given_its_own_weights_turned_upside_down(model, decoder):
+    # The same values in another order: no counter and no sum shows it.
+    weight = model.model.layers[0].mlp.down_proj.weight
+    weight.data.copy_(weight.data.flip(0))
+    decoder.sync(model.state_dict(), 1)
+
+
 def with_a_new_parameter(model, decoder):
     replaced = torch.nn.Parameter(2 * model.model.layers[0].self_attn.v_proj.weight.detach())
     model.model.layers[0].self_attn.v_proj.weight = replaced
@@ -247,6 +254,7 @@ def with_a_new_parameter(model, decoder):
         trained_behind_autograd,
         given_other_weights,
         given_its_own_weights,
+        given_its_own_weights_turned_upside_down,
         with_a_new_parameter,
     ],
 )

@@ -168,8 +168,10 @@ class LlamaDecoder(PlainDecoder):
     def refresh(self) -> None:
         """Look at every parameter, and pack again where one is not what was packed."""
         self._parameters = list(self.model.parameters())
-        sums = [_content(parameter) for parameter in self._parameters]
-        if not self._is_current() or any(a != b for a, b in zip(sums, self._sums, strict=True)):
+        # Without copies nothing is out of date, and a large model takes a second to read.
+        copied = self._parameters if _can_pack(self._parameters) else []
+        sums = [_content(parameter) for parameter in copied]
+        if not self._is_current() or sums != self._sums:
             self._pack()
             self._sums = sums
 
