@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 import tyro
 
 from starling import __version__
-from starling.base.errors import InputError, StarlingError, Stopped
+from starling.base.errors import InputError, StarlingError, Stopped, visible
 from starling.demo.world import write_world
 from starling.options import parse_options
 from starling.pipeline import run_pipeline
@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print("Stopped. The same command goes on from the last checkpoint.", file=sys.stderr)
             return 130
         except StarlingError as error:
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {visible(str(error))}", file=sys.stderr)
             return error.exit_code
     return 0
 
@@ -208,7 +208,7 @@ def _tokens(verb: str, arguments: list[str]) -> None:
             system: How OpenChat's format writes a system message.
         """
         messages = EXAMPLE if file is None else read_file(file)
-        from starling.models.loading import find_codec
+        from starling.models.codec import find_codec
 
         codec = find_codec(resolve_model(model), named_format(chat_format, system))
         rendering = render(codec, messages, mode)

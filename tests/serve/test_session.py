@@ -408,3 +408,38 @@ def test_best_of_asks_a_server_for_several_answers(reward_folder):
         assert talk.reply("hi").startswith("answer ")
         assert len({call["seed"] for call in server.calls}) == 3
         assert {call["temperature"] for call in server.calls} == {1}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("temperature", "0", "temperature is '0'; it must be a float"),
+        ("max_tokens", 3.7, r"max_tokens is 3\.7; it must be a int"),
+        ("best_of", None, "best_of is None; it must be a int"),
+        ("seed", "x", "seed is 'x'; it must be a int"),
+        ("system", 5, r"system is 5; it must be a str \| None"),
+        ("mode", 3, "mode is 3"),
+    ],
+)
+def test_a_setting_of_the_wrong_type_is_refused(policy_folder, name, value, said):
+    talk = Chat(str(policy_folder), max_tokens=4)
+    setattr(talk, name, value)
+    with pytest.raises(InputError, match=said):
+        talk.reply("What?")
+
+
+def test_a_path_names_a_model(policy_folder):
+    # In a process of its own: here every call is checked for types, and a Path is not a str.
+    program = "import sys, pathlib; from starling import Chat; f = pathlib.Path(sys.argv[1]);"
+    program += "sys.stdout.reconfigure(encoding='utf-8');"
+    program += "print(Chat(f, max_tokens=4).reply('What?'), end='')"
+    command = [sys.executable, "-c", program, str(policy_folder)]
+    done = subprocess.run(command, capture_output=True, check=True)
+    expected = Chat(str(policy_folder), max_tokens=4).reply("What?")
+    assert done.stdout.decode() == expected
+
+
+def test_what_a_url_cannot_obey_is_refused():
+    for name, value in (("device", "cpu"), ("dtype", "float32")):
+        with pytest.raises(InputError, match=f"{name} is for a model in this process"):
+            Chat("http://localhost:1/v1", **{name: value})

@@ -5,6 +5,7 @@ import json
 import os
 import pty
 import re
+import select
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import starling
 from starling.base.errors import DataError, InputError
 from starling.models.torch_engine import TorchEngine
-from starling.serve.chat import COMMANDS, chat, suggestions
+from starling.serve.chat import COMMANDS, chat, note, suggestions
 from starling.serve.session import Chat
 from starling.serve.tokens import read_file
 from tiny import tiny_policy_folder
@@ -105,16 +106,16 @@ def test_an_answer_that_was_cut_says_so_and_how_to_get_more(policy_folder, their
     assert out.removeprefix(generated(theirs, waiting("What?")) + "\n") == longer + "\n"
 
 
-def test_retry_asks_the_last_message_again(policy_folder, theirs, pipe, capfd):
-    pipe("/retry", "What?", "/retry", "Why?")
+def test_retry_asks_the_last_message_again(policy_folder, theirs, type_in, capfd):
+    type_in("/retry", "What?", "/retry", "Why?")
     say(policy_folder)
     first = generated(theirs, waiting("What?"))
     # The retried exchange stands once in what the model reads next.
     last = generated(theirs, waiting("What?", first, "Why?"))
     out, err = capfd.readouterr()
     assert out == f"{first}\n{first}\n{last}\n"
-    assert told(err) == [
-        "There is nothing to ask again.",
+    assert told(err)[1:] == [
+        "there is nothing to ask again",
         "[at temperature 0 an answer stays the same; /temperature 1 draws another]",
     ]
 
@@ -128,13 +129,13 @@ def test_a_retry_at_a_temperature_draws_anew(policy_folder, pipe, capfd):
     assert told(err) == ["temperature 2"]
 
 
-def test_undo_takes_back_the_last_exchange(policy_folder, theirs, pipe, capfd):
-    pipe("/undo", "What?", "Why?", "/undo", "How?")
+def test_undo_takes_back_the_last_exchange(policy_folder, theirs, type_in, capfd):
+    type_in("/undo", "What?", "Why?", "/undo", "How?")
     say(policy_folder)
     first = generated(theirs, waiting("What?"))
     out, err = capfd.readouterr()
     assert out.endswith(generated(theirs, waiting("What?", first, "How?")) + "\n")
-    assert told(err) == ["There is nothing to take back.", "took back 'Why?' and its answer"]
+    assert told(err)[1:] == ["there is nothing to take back", "took back 'Why?' and its answer"]
 
 
 def test_new_forgets_the_conversation(policy_folder, theirs, pipe, capfd):
@@ -192,15 +193,20 @@ def test_a_system_message_stands_first_until_it_is_cleared(policy_folder, theirs
     ],
 )
 def test_a_wrong_command_is_told_and_nothing_is_lost(
-    policy_folder, theirs, pipe, capfd, line, said
+    policy_folder, theirs, type_in, pipe, capfd, line, said
 ):
-    pipe("What?", line, "Why?")
+    type_in("What?\n", line + "\n", "Why?\n")
     say(policy_folder)
     out, err = capfd.readouterr()
     first = generated(theirs, waiting("What?"))
     assert out == f"{first}\n{generated(theirs, waiting('What?', first, 'Why?'))}\n"
-    [note] = told(err)
+    [_greeting, note] = told(err)
     assert said in note
+    # On a pipe nobody reads the note: what follows would be answered as if it had worked.
+    pipe("What?", line, "Why?")
+    with pytest.raises(InputError, match=re.escape(said)):
+        say(policy_folder)
+    assert capfd.readouterr().out == f"{first}\n"
 
 
 def test_help_names_every_command(policy_folder, pipe, capfd):
@@ -223,9 +229,11 @@ def test_quit_leaves_what_follows_unread(policy_folder, pipe, capfd):
     assert capfd.readouterr().out == ""
 
 
-def test_a_saved_conversation_is_what_starling_tokens_reads(policy_folder, pipe, capfd, tmp_path):
+def test_a_saved_conversation_is_what_starling_tokens_reads(
+    policy_folder, type_in, capfd, tmp_path
+):
     path = tmp_path / "new" / "said.json"
-    pipe("/system Be brief.", f"/save {path}", "What?", f"/save {path}", "Why?", f"/save {path}")
+    type_in("/system Be brief.", f"/save {path}", "What?", f"/save {path}", "Why?", f"/save {path}")
     say(policy_folder)
     out, err = capfd.readouterr()
     first, second = out.splitlines()[0], "\n".join(out.splitlines()[1:])
@@ -237,16 +245,16 @@ def test_a_saved_conversation_is_what_starling_tokens_reads(policy_folder, pipe,
         {"role": "assistant", "content": second},
     ]
     assert [message.content for message in read_file(str(path))][1::2] == ["What?", "Why?"]
-    assert "There is nothing to save." in told(err)
+    assert "there is nothing to save" in told(err)
 
 
-def test_a_file_of_another_is_not_overwritten(policy_folder, pipe, capfd, tmp_path):
+def test_a_file_of_another_is_not_overwritten(policy_folder, type_in, capfd, tmp_path):
     path = tmp_path / "mine.json"
     path.write_text("mine", encoding="utf-8")
-    pipe("What?", f"/save {path}", f"/save {tmp_path}", f"/save {path}/below")
+    type_in("What?", f"/save {path}", f"/save {tmp_path}", f"/save {path}/below")
     say(policy_folder)
     assert path.read_text(encoding="utf-8") == "mine"
-    *taken, below = told(capfd.readouterr().err)
+    _greeting, *taken, below = told(capfd.readouterr().err)
     assert [line.endswith("is there already; name another file") for line in taken] == [True] * 2
     assert below.startswith(f"could not write {path}/below")
 
@@ -347,7 +355,7 @@ def test_ctrl_c_before_the_first_word_leaves_the_conversation_as_it_was(
     say(policy_folder)
     out, err = capfd.readouterr()
     assert out == ""
-    assert "There is nothing to ask again." in told(err)
+    assert "there is nothing to ask again" in told(err)
 
 
 def test_a_retry_that_is_stopped_at_once_keeps_the_earlier_answer(
@@ -493,17 +501,39 @@ class Screen:
 
     def wait_for(self, text, seconds=60):
         """Read until `text` stands in what was shown since the last wait, and return that."""
-        ends = time.monotonic() + seconds
-        while text not in self.shown and time.monotonic() < ends:
-            try:
-                self.shown += os.read(self.terminal, 4096).decode(errors="replace")
-            except OSError:
-                break
+        self._read_until(lambda shown: text in shown, seconds)
         assert text in self.shown, self.shown
         before, _, self.shown = self.shown.partition(text)
         return before
 
-    def leave(self):
+    def wait_for_more(self, seconds=60):
+        """Read until anything but the ends of lines was shown since the last wait."""
+        self._read_until(lambda shown: shown.strip(), seconds)
+        assert self.shown.strip(), "nothing was shown"
+
+    def _read_until(self, is_enough, seconds):
+        ends = time.monotonic() + seconds
+        while not is_enough(self.shown) and time.monotonic() < ends:
+            if not select.select([self.terminal], [], [], 1.0)[0]:
+                continue
+            try:
+                self.shown += os.read(self.terminal, 4096).decode(errors="replace")
+            except OSError:
+                break
+
+    def press_ctrl_c(self):
+        """At a prompt: a press between the prompt and the wait for input would go unnoticed."""
+        time.sleep(0.5)
+        self.type("\x03")
+
+    def leave(self, seconds=60):
+        """The exit status; a program that stays is ended, and fails the test."""
+        for _ in range(10 * seconds):
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                return os.waitstatus_to_exitcode(status)
+            time.sleep(0.1)
+        os.kill(self.pid, signal.SIGKILL)
         return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
 
 
@@ -513,16 +543,17 @@ def test_ctrl_c_on_a_real_terminal_stops_the_answer_and_not_the_program(policy_f
         screen.wait_for("> ")
         screen.type("What?\n")
         screen.wait_for("What?")
-        time.sleep(1.0)
+        screen.wait_for_more()
         screen.type("\x03")
         screen.wait_for("[stopped: ")
         screen.wait_for("> ")
         screen.type("/undo\n")
         screen.wait_for("took back 'What?'")
         screen.wait_for("> ")
-        screen.type("\x03")
+        screen.press_ctrl_c()
         screen.wait_for("[Ctrl-C again, or /quit, leaves]")
-        screen.type("\x03")
+        screen.wait_for("> ")
+        screen.press_ctrl_c()
         assert screen.leave() == 0
     finally:
         os.close(screen.terminal)
@@ -538,6 +569,45 @@ def test_ctrl_c_at_once_has_exit_status_130(policy_folder):
         assert process.stdout is not None
         process.stdout.read(1)
         process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=60)
+        try:
+            _, err = process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert process.returncode == 130
     assert b"Traceback" not in err
+
+
+def test_ctrl_c_while_a_command_works_leaves_the_program_and_its_settings_as_they_were(
+    policy_folder, reward_folder, type_in, capfd, monkeypatch
+):
+    def interrupted(*_args, **_keywords):
+        raise KeyboardInterrupt
+
+    talk = Chat(str(policy_folder), max_tokens=8, reward_model=str(reward_folder))
+    monkeypatch.setattr("starling.models.reward_model.RewardModel.load", interrupted)
+    type_in("/best-of 8", "What?")
+    chat(talk)
+    out, err = capfd.readouterr()
+    assert talk.best_of == 1
+    assert "[Ctrl-C again, or /quit, leaves]" in err
+    assert out.strip()
+
+
+def test_an_answer_that_filled_the_context_says_that(tmp_path, type_in, capfd):
+    folder = tiny_policy_folder(tmp_path / "model", max_length=32)
+    type_in("What?")
+    say(folder, max_tokens=512)
+    assert re.search(r"\[cut at \d+ tokens: the context is full; /new", capfd.readouterr().err)
+
+
+def test_what_a_stopped_bench_left_half_written_is_passed_over(tmp_path):
+    rows = [{"turn": 1, "category": "math", "messages": [{"content": "2 + 2?"}]}, {"turn": 1}, 3]
+    path = tmp_path / "bench" / "answers.jsonl"
+    path.parent.mkdir()
+    path.write_text("\n".join(map(json.dumps, rows)) + '\n{"turn": 1, "cat', encoding="utf-8")
+    assert suggestions(tmp_path) == ["2 + 2?"]
+
+
+def test_notes_do_not_obey_what_a_file_or_a_server_wrote(capfd):
+    note("a\x1b]0;owned\x07\n\tb")
+    assert capfd.readouterr().err == "a\\x1b]0;owned\\x07\n\tb\n"

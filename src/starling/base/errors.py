@@ -12,7 +12,15 @@ A message says what was wrong, what was found, and what to do. A broken promise 
 functions is a ValueError, a TypeError or an assert: those are bugs, and show a traceback.
 """
 
+import re
 from collections.abc import Sequence
+
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+def visible(text: str) -> str:
+    """The text with control characters written out: a terminal would obey them."""
+    return CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
 
 
 def some(names: Sequence[str], most: int) -> str:

@@ -12,11 +12,11 @@ from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import NamedTuple
 
-from starling.base.errors import DataError, InputError
+from starling.base.errors import InputError, visible
 from starling.base.files import write_atomically
 from starling.data.records import Message
 from starling.models.interfaces import Reply
-from starling.serve.session import Chat, clean, visible
+from starling.serve.session import Chat, clean
 
 NUM_SUGGESTIONS = 3
 
@@ -44,17 +44,16 @@ class Terminal:
         while self._num_interrupts < 2:
             try:
                 line = self._read()
+                if line is None or line.strip() == "/quit":
+                    return
+                if line.strip():
+                    self._num_interrupts = 0
+                    self._handle(line)
             except KeyboardInterrupt:
                 if not self._interactive:
                     raise
                 self._num_interrupts += 1
                 note("" if self._num_interrupts > 1 else "\n[Ctrl-C again, or /quit, leaves]")
-                continue
-            if line is None or line.strip() == "/quit":
-                return
-            if line.strip():
-                self._num_interrupts = 0
-                self._handle(line)
 
     def say(self, text: str) -> None:
         """Answer a message and remember both; an answer that was stopped is kept as far as it came.
@@ -105,8 +104,9 @@ class Terminal:
                 return
             name, _, rest = line[1:].strip().partition(" ")
             if name not in COMMANDS:
-                note(f"unknown command /{name}; /help lists all. A space before / sends it as text")
-                return
+                raise InputError(
+                    f"unknown command /{name}; /help lists all. A space before / sends it as text"
+                )
             COMMANDS[name].call(self, rest.strip())
         except InputError as error:
             if not self._interactive:
@@ -114,12 +114,8 @@ class Terminal:
             note(str(error))
 
     def _set(self, name: str, value: object, said: Callable[[], str]) -> None:
-        try:
-            self.talk.change(name, value)
-        except InputError as error:
-            note(f"{error}. Nothing was changed.")
-        else:
-            note(said())
+        self.talk.change(name, value)
+        note(said())
 
     def mode(self, rest: str) -> None:
         known = ", ".join(self.talk.modes) or "those of the server"
@@ -128,18 +124,15 @@ class Terminal:
 
     def temperature(self, rest: str) -> None:
         number = _number(rest, float)
-        if number is not None:
-            self._set("temperature", number, lambda: f"temperature {number:g}")
+        self._set("temperature", number, lambda: f"temperature {number:g}")
 
     def max_tokens(self, rest: str) -> None:
         number = _number(rest, int)
-        if number is not None:
-            self._set("max_tokens", number, lambda: f"answers of at most {number} tokens")
+        self._set("max_tokens", number, lambda: f"answers of at most {number} tokens")
 
     def best_of(self, rest: str) -> None:
         number = _number(rest, int)
-        if number is not None:
-            self._set("best_of", number, self._how_picked)
+        self._set("best_of", number, self._how_picked)
 
     def _how_picked(self) -> str:
         if self.talk.best_of == 1:
@@ -156,8 +149,7 @@ class Terminal:
 
     def retry(self, _rest: str) -> None:
         if not self.messages:
-            note("There is nothing to ask again.")
-            return
+            raise InputError("there is nothing to ask again")
         before, typed = self.messages, self.messages[-2].content
         self.messages = before[:-2]
         try:
@@ -170,8 +162,7 @@ class Terminal:
 
     def undo(self, _rest: str) -> None:
         if not self.messages:
-            note("There is nothing to take back.")
-            return
+            raise InputError("there is nothing to take back")
         note(f"took back {self.messages[-2].content!r} and its answer")
         self.messages = self.messages[:-2]
 
@@ -182,19 +173,13 @@ class Terminal:
     def save(self, rest: str) -> None:
         path = Path(rest).expanduser()
         if not rest or not self.messages:
-            note("/save FILE: name a file" if not rest else "There is nothing to save.")
-            return
+            raise InputError("there is nothing to save" if rest else "/save FILE: name a file")
         if path.resolve() not in self._written and path.exists():
-            note(f"{path} is there already; name another file")
-            return
+            raise InputError(f"{path} is there already; name another file")
         told = [{"role": "system", "content": self.talk.system}] if self.talk.system else []
         rows = [*told, *(message.model_dump() for message in self.messages)]
         text = json.dumps(rows, indent=1, ensure_ascii=False) + "\n"
-        try:
-            write_atomically(path, [text.encode("utf-8", "replace")])
-        except DataError as error:
-            note(str(error))
-            return
+        write_atomically(path, [text.encode("utf-8", "replace")])
         self._written.add(path.resolve())
         note(f"saved {len(rows)} messages; starling tokens --file {path} shows their ids")
 
@@ -243,9 +228,11 @@ def suggestions(run: Path) -> list[str]:
     path = run / "bench" / "answers.jsonl"
     found: dict[str, str] = {}
     for line in path.read_bytes().splitlines() if path.is_file() else ():
-        row = json.loads(line)
-        if isinstance(row, dict) and row.get("turn") == 1:
-            found.setdefault(row["category"], row["messages"][-1]["content"])
+        # They are suggestions: what a stopped bench left half written is passed over.
+        with contextlib.suppress(ValueError, KeyError, TypeError, IndexError):
+            row = json.loads(line)
+            if row["turn"] == 1:
+                found.setdefault(row["category"], row["messages"][-1]["content"])
     return list(found.values())[:NUM_SUGGESTIONS]
 
 
@@ -265,18 +252,21 @@ def _summary(talk: Chat, reply: Reply, seconds: float) -> str:
     count = reply.usage.response_tokens
     said = f"{count} tokens"
     if reply.finish_reason == "length":
-        said = f"cut at {count} tokens: /max-tokens {2 * count}, then /retry"
+        way_out = f"/max-tokens {2 * count}, then /retry"
+        if count < talk.max_tokens:
+            way_out = "the context is full; /new begins again"
+        said = f"cut at {count} tokens: {way_out}"
     if talk.best_of > 1:
         return f"{said}, the best of {talk.best_of}, {seconds:.1f} s"
     return f"{said}, {count / seconds:.1f} tokens/s" if count else f"{seconds:.1f} s"
 
 
-def _number(text: str, kind: Callable[[str], float]) -> float | None:
+def _number(text: str, kind: Callable[[str], float]) -> float:
     try:
         return kind(text)
-    except ValueError:
-        note(f"found {text!r}; it must be a number, e.g. 1")
-        return None
+    except ValueError as error:
+        whole = "a whole number" if kind is int else "a number"
+        raise InputError(f"found {text!r}; it must be {whole}, e.g. 1") from error
 
 
 def _write(text: str) -> None:
@@ -286,5 +276,5 @@ def _write(text: str) -> None:
 
 def note(text: str) -> None:
     """One line for the person, never part of an answer."""
-    sys.stderr.write(text + "\n")
+    sys.stderr.write(visible(text) + "\n")
     sys.stderr.flush()

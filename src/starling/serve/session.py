@@ -5,9 +5,10 @@ What needs torch is imported where a model is loaded: a server's model is talked
 
 import logging
 import math
+import os
 import re
 from collections.abc import Generator, Mapping
-from dataclasses import KW_ONLY, dataclass, replace
+from dataclasses import KW_ONLY, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 URL = re.compile(r"https?://")
 # How vLLM, llama.cpp and OpenAI word that a prompt is too long.
 CONTEXT_REFUSED = re.compile(r"context[ _](length|size|window)", re.IGNORECASE)
@@ -43,7 +43,8 @@ class Chat:
     """
 
     model: str
-    """Run folder (its newest model), model folder, hub id, .gguf file, or URL of a server."""
+    """Run folder (its ppo model, else its sft model), model folder, hub id, .gguf file, or URL of a
+    server."""
     _: KW_ONLY
     mode: str | None = None
     """One of the chat format's modes, or its beginning: code, math; absent, the format's first."""
@@ -79,6 +80,7 @@ class Chat:
         self._judge: RewardModel | None = None
         self._num_answers = 0
         self._num_left_out = 0
+        self.model = os.fspath(self.model)
         self._check()
         self._responder = self._connect() if URL.match(self.model) else self._load()
         if self.best_of > 1:
@@ -131,7 +133,7 @@ class Chat:
             self.mode = self._find_mode(self.mode)
             if self.best_of > 1:
                 self._load_judge()
-        except InputError:
+        except BaseException:  # Ctrl-C too: loading a reward model takes its time
             setattr(self, name, before)
             raise
 
@@ -146,6 +148,11 @@ class Chat:
         return () if self._codec is None else self._codec.format.modes
 
     def _check(self) -> None:
+        for field in fields(self):
+            value, kind = getattr(self, field.name), field.type
+            if not isinstance(value, float | int if kind is float else kind):  # type: ignore[arg-type]
+                named = getattr(kind, "__name__", kind)
+                raise InputError(f"{field.name} is {value!r}; it must be a {named}")
         if not 0 <= self.temperature < math.inf:
             raise InputError(
                 f"the temperature is {self.temperature}; it must be 0 (greedy) or above"
@@ -155,9 +162,11 @@ class Chat:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1")
         of_urls = ("served_model", "api_key_env", "tokenizer")
         is_url = bool(URL.match(self.model))
-        foreign = [name for name in of_urls if getattr(self, name) is not None and not is_url]
-        if foreign:
-            raise InputError(f"{foreign[0]} is for a server's URL, and the model is {self.model}")
+        foreign = ("device", "dtype") if is_url else of_urls
+        for name in foreign:
+            if getattr(self, name) is not None:
+                kind = "a model in this process" if is_url else "a server's URL"
+                raise InputError(f"{name} is for {kind}, and the model is {self.model}")
         if self.model.endswith(".gguf") and (self.device or self.dtype):
             raise InputError(
                 "device and dtype are not for a GGUF file: it runs as it is, on the CPU"
@@ -173,7 +182,7 @@ class Chat:
         except ValidationError as error:
             raise InputError("\n".join(explain(error, EndpointSection))) from error
         if self.tokenizer is not None:
-            from starling.models.loading import find_codec
+            from starling.models.codec import find_codec
 
             self._codec = find_codec(resolve_model(self.tokenizer), self.chat_format)
         # Who waits for a slow server can press Ctrl-C.
@@ -200,8 +209,12 @@ class Chat:
             local = load_gguf(reference, chat_format=self.chat_format)
         else:
             from starling.models.causal_lm import load_language_model
+            from starling.models.loading import count_parameters, load_config
             from starling.models.local import in_process
 
+            # Said before the weights are read: of a large model that takes its time.
+            size = count_parameters(load_config(reference))
+            logger.info("[%s: a model of %s parameters]", reference, f"{size:,}")
             loaded = load_language_model(
                 reference,
                 device=device,
@@ -229,6 +242,8 @@ class Chat:
 
     def _find_mode(self, mode: str | None) -> str | None:
         wanted = mode or self.mode
+        if wanted is not None and not isinstance(wanted, str):
+            raise DataError(f"the mode is {wanted!r}; it must be a text such as Code")
         if self._codec is not None:
             return find_mode(self._codec, wanted)
         if wanted is not None:
@@ -328,11 +343,6 @@ def _clean_row(row: object) -> object:
         for key, value in row.items()
         if key in ("role", "content")
     }
-
-
-def visible(text: str) -> str:
-    """The text with control characters written out: a terminal would obey them."""
-    return CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
 
 
 def clean(text: str) -> str:

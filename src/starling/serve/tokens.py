@@ -8,11 +8,11 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from starling.base.errors import DataError, InputError
+from starling.base.errors import DataError, InputError, visible
 from starling.base.files import neighbours
 from starling.data.records import Message
 from starling.serve.find import find_mode
-from starling.serve.session import read_messages, visible
+from starling.serve.session import read_messages
 
 if TYPE_CHECKING:
     from starling.data.chat import ChatCodec
