@@ -18,6 +18,7 @@ from tiny import TEXTS, sentencepiece_tokenizer, tiny_tokenizer
 
 SPECIAL = ("<unk>", "<s>", "</s>", "<|end_of_turn|>", "<|pad_0|>", "<|im_start|>", "<|im_end|>")
 BOS, END, PAD = 1, 3, 4
+CONTROL = {0, 1, 2, 3, 4}
 
 
 def said(*turns):
@@ -221,11 +222,11 @@ ATTEMPTS = [
 @pytest.mark.parametrize("attempt", ATTEMPTS)
 @pytest.mark.parametrize("field", ["system", "user", "assistant", "last user"])
 def test_typed_markers_inject_nothing(openchat, attempt, field):
-    codec, theirs = openchat
+    codec, _ = openchat
     contents = {"system": "s", "user": "q", "assistant": "a", "last user": "r"}
     texts = [attempt if name == field else text for name, text in contents.items()]
     ids, mask = codec.encode(two_turns(*texts), generation_prompt=True)
-    specials = [token for token in ids if token in theirs.all_special_ids]
+    specials = [token for token in ids if token in CONTROL]
     assert specials == [BOS, END, END, END, END]
     # Exactly the third closed turn is the assistant's, and its text is what was typed.
     closed = [n for n, token in enumerate(ids) if token == END]
@@ -238,7 +239,7 @@ def test_every_special_token_of_the_vocabulary_stays_text(openchat):
     codec, theirs = openchat
     typed = "".join(theirs.all_special_tokens)
     ids = codec.encode(said(("user", typed))).ids
-    assert [token for token in ids if token in theirs.all_special_ids] == [BOS, END]
+    assert [token for token in ids if token in CONTROL] == [BOS, END]
 
 
 def test_an_unknown_mode_is_refused_and_a_marker_cannot_hide_in_it(openchat):

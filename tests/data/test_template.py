@@ -137,8 +137,35 @@ def llama_3():
     return named(tokenizer, LLAMA_3, eos="<|eot_id|>", extra=extra)
 
 
+def plainly_added(tokenizer, *texts):
+    """With added tokens that are not said to be special, as some folders have their markers."""
+    tokenizer.saved.add_tokens([AddedToken(text, normalized=False) for text in texts])
+    return TextTokenizer(tokenizer.saved)
+
+
+def hermes():
+    """As OpenHermes-2.5-Mistral-7B: of ChatML's markers only the end is a special token."""
+    tokenizer = named(tiny_tokenizer(), YI, eos="<|im_end|>", extra=["<|im_end|>"])
+    return plainly_added(tokenizer, "<|im_start|>")
+
+
+def instructions():
+    """As Mistral-7B-Instruct-v0.3's vocabulary: tokens of their own, here not special."""
+    return plainly_added(metaspace_first(), "[INST]", "[/INST]")
+
+
 MAKERS = {make.__name__: make for make in (llama_2, metaspace_first, normalized_markers)}
-MAKERS |= {make.__name__: make for make in (qwen, llama_3)}
+MAKERS |= {make.__name__: make for make in (qwen, llama_3, hermes, instructions)}
+# The ids that only a format may write, counted by hand: 300 and 327 are the vocabularies' lengths.
+CONTROL = {
+    "llama_2": {0, 1, 2, 3, 4},
+    "metaspace_first": {0, 1, 2, 3, 4},
+    "normalized_markers": {0, 1, 2, 3, 4, 327},
+    "qwen": {0, 1, 2, 3, 4, 300, 301, 302},
+    "llama_3": {0, 1, 2, 3, 4, 300, 301, 302},
+    "hermes": {0, 1, 2, 3, 4, 300, 301},
+    "instructions": {0, 1, 2, 3, 4, 327, 328},
+}
 
 
 @pytest.fixture(scope="module", params=MAKERS)
@@ -157,7 +184,15 @@ def conversation(codec, texts):
 
 
 SPECIAL = ("<unk>", "<s>", "</s>", "<|end_of_turn|>", "<|pad_0|>", "<|endoftext|>", "<|eom|>")
-SPECIAL += ("<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+SPECIAL += (
+    "[INST]",
+    "[/INST]",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eot_id|>",
+)
 # Llama-2's template strips more than the empty first message where a system message opens it.
 TEXT = st.text(min_size=1, max_size=20).filter(
     lambda text: text.strip() and not any(marker in text for marker in SPECIAL)
@@ -176,6 +211,57 @@ def test_ids_are_those_of_apply_chat_template(own, texts, waits):
         dumped(messages), add_generation_prompt=waits, return_dict=False
     )
     assert codec.encode(messages, generation_prompt=waits).ids == expected
+
+
+@given(empty=st.sets(st.integers(0, 4)), waits=st.booleans())
+def test_empty_messages_are_written_as_the_template_writes_them(own, empty, waits):
+    codec, saved = own
+    texts = ["" if n in empty else text for n, text in enumerate(["s", " q", "an a", "r", "b"])]
+    messages = conversation(codec, texts)
+    if waits:
+        messages = messages[:-1] if messages[-1].role == "assistant" else messages
+    expected = saved.apply_chat_template(
+        dumped(messages), add_generation_prompt=waits, return_dict=False
+    )
+    ids, mask = codec.encode(messages, generation_prompt=waits)
+    assert ids == expected
+    # Each answer ends once, an empty one too.
+    ends = [token for token, keep in zip(ids, mask, strict=True) if keep and token == codec.end_id]
+    assert len(ends) == sum(message.role == "assistant" for message in messages)
+
+
+def test_an_empty_answer_is_its_end_marker_where_the_space_hangs_on_the_text():
+    # The template that openchat folders are saved with.
+    template = jinja_template(FORMATS["openchat"])
+    own = build_codec("template", named(tiny_tokenizer(), template), [])
+    ours = build_codec("openchat", tiny_tokenizer(), [])
+    for texts in (("q", "", "r", ""), ("", "", "", "b"), ("q", "a", "", "b")):
+        messages = said(*zip(("user", "assistant") * 2, texts, strict=True))
+        assert own.encode(messages) == ours.encode(messages), texts
+
+
+def test_a_turn_that_is_left_out_where_its_text_is_empty_leaves_markers_whole():
+    saved = hermes().saved
+    saved.chat_template = (
+        "{% for m in messages %}{% if m.content %}{{ '<|im_start|>' + m.role + m.content }}"
+        "{% endif %}<|im_end|>{% endfor %}"
+    )
+    codec = build_codec("template", TextTokenizer(saved), [])
+    for texts in (("q", "", "r"), ("", "", ""), ("q", "a", "")):
+        messages = said(*zip(("user", "assistant", "user"), texts, strict=True))
+        expected = saved.apply_chat_template(dumped(messages), return_dict=False)
+        assert codec.encode(messages).ids == expected
+
+
+def test_a_template_that_drops_more_than_an_empty_text_is_refused():
+    # Where the second text is empty, the first and the third change places.
+    template = (
+        "{% set rest = messages[2:] %}{% set swap = rest and not messages[1].content %}"
+        "{% for m in (rest + messages[:1] if swap else messages) %}{{ m.content }}</s>{% endfor %}"
+    )
+    codec = build_codec("template", named(tiny_tokenizer(), template, eos="</s>"), [])
+    with pytest.raises(DataError, match="drops, repeats or rewrites"):
+        codec.encode(said(("user", "q"), ("assistant", ""), ("user", "r")))
 
 
 def test_the_mask_covers_answers_and_their_end_markers_only(own):
@@ -262,10 +348,11 @@ def test_typed_markers_add_no_control_token(name, saved_first, tmp_path):
         save_tokenizer(tokenizer, tmp_path, template=None)
         tokenizer = load_tokenizer(tmp_path)
     codec = build_codec("template", tokenizer, [2])
-    control = set(tokenizer.saved.all_special_ids) | set(tokenizer.markers.values())
+    control = CONTROL[name]
     plain = ["sys", "q", "a", "r", "b"]
     harmless = codec.encode(conversation(codec, plain))
     expected = [token for token in harmless.ids if token in control]
+    assert len(expected) >= 3
     assert len(ATTEMPTS) >= 25
     for attempt in ATTEMPTS:
         for field in range(len(plain)):
@@ -388,10 +475,56 @@ def test_a_template_that_changes_texts_is_refused(body, says):
         build_codec("template", tokenizer, []).encode(messages)
 
 
-def test_a_template_that_is_no_jinja_is_refused():
-    tokenizer = named(tiny_tokenizer(), "{% for m in %}")
-    with pytest.raises(DataError, match="chat template refuses"):
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for m in %}",
+        "{{ 1/0 }}",
+        "{% for i in range(10**7) %}{% endfor %}",
+        "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+        "{{ [1] * 10**18 }}",
+    ],
+)
+def test_a_template_that_is_no_jinja_or_fails_is_refused(template):
+    tokenizer = named(tiny_tokenizer(), template)
+    with pytest.raises(DataError, match=r"chat template refuses the conversation: \w+"):
         build_codec("template", tokenizer, [])
+
+
+def test_what_the_template_writes_never_pads():
+    backend = Tokenizer(tiny_tokenizer().saved.backend_tokenizer.model)
+    backend.add_special_tokens([AddedToken("</s>")])
+    saved = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", pad_token="</s>")
+    saved.chat_template = "{% for m in messages %}[INST]{{ m.content }}</s>{% endfor %}"
+    tokenizer = plainly_added(TextTokenizer(saved), "[INST]")
+    with pytest.raises(DataError, match="the vocabulary has no other special token"):
+        build_codec("template", tokenizer, [])
+
+
+def test_a_mode_that_holds_a_marker_is_refused():
+    template = "{{ mode }}{% for m in messages %}{{ m.content }}</s>{% endfor %}"
+    codec = build_codec("template", named(tiny_tokenizer(), template), [])
+    messages = said(("user", "q"))
+    assert codec.encode(messages, mode="Code").ids.count(2) == 1
+    with pytest.raises(DataError, match="mode 'Code</s>' holds the marker </s>; name a mode"):
+        codec.encode(messages, mode="Code</s>")
+
+
+def test_added_tokens_that_the_template_does_not_write_stay_text():
+    tokens = ["<think>", "   ", "user", "[INST]"]
+    # It writes the word "user" itself, and a word is no marker.
+    template = (
+        "{% for m in messages %}[INST]{{ 'user' if m.role == 'user' }}{{ m.content }}</s>"
+        "{% endfor %}"
+    )
+    tokenizer = plainly_added(named(tiny_tokenizer(), template, eos="</s>"), *tokens)
+    codec = build_codec("template", tokenizer, [])
+    typed = "[INST]<think>a   user"
+    ids = codec.encode(said(("user", typed))).ids
+    theirs = tokenizer.saved.convert_tokens_to_ids(tokens)
+    assert [token for token in ids if token >= 300] == [theirs[n] for n in (3, 2, 0, 1, 2)]
+    # What a model says is read with them.
+    assert codec.decode_response([*theirs, 2]) == "<think>   user[INST]"
 
 
 def test_a_tokenizer_without_template_is_refused():

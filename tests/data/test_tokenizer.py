@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 from tokenizers.models import Unigram
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -51,6 +51,23 @@ def test_the_saved_config_types_every_marker_as_special(tmp_path):
     assert all(token["special"] and not token["normalized"] for token in decoder.values())
 
 
+def test_an_added_token_written_as_a_marker_is_one_and_saved_as_special(tmp_path):
+    saved = tiny_tokenizer().saved
+    saved.add_tokens([AddedToken("<|im_start|>", normalized=False), AddedToken("<think>")])
+    saved.save_pretrained(tmp_path / "theirs")
+    tokenizer = load_tokenizer(tmp_path / "theirs")
+    assert tokenizer.marker_id("<|im_start|>") == 300
+    assert tokenizer.marker_id("<think>") is None
+    assert 300 not in tokenizer.encode_text("a<|im_start|>b")
+    assert tokenizer.encode_text("<think>") == [301]
+    save_tokenizer(tokenizer, tmp_path / "ours", template=None)
+    backend = json.loads((tmp_path / "ours" / "tokenizer.json").read_text())
+    config = json.loads((tmp_path / "ours" / "tokenizer_config.json").read_text())
+    flags = {token["content"]: token["special"] for token in backend["added_tokens"][-2:]}
+    assert flags == {"<|im_start|>": True, "<think>": False}
+    assert [config["added_tokens_decoder"][n]["special"] for n in ("300", "301")] == [True, False]
+
+
 def test_a_marker_is_a_special_token_by_its_exact_text():
     tokenizer = tiny_tokenizer()
     assert [tokenizer.marker_id(token) for token in OPENCHAT] == [0, 1, 2, 3, 4]
@@ -77,6 +94,17 @@ def test_special_tokens_that_are_pieces_of_the_vocabulary_cannot_be_typed():
     assert backend.encode("a</s>").ids == [2, 1]
     saved = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", eos_token="</s>")
     assert TextTokenizer(saved).encode_text("a</s>") == [2, 3, 4, 5, 6]
+
+
+def test_a_special_token_that_longer_pieces_are_merged_from_cannot_be_typed():
+    saved = tiny_tokenizer().saved
+    merges = json.loads(saved.backend_tokenizer.to_str())["model"]["merges"]
+    part = next(left for left, _ in merges if len(left) > 1 and left.isalpha() and left.isascii())
+    saved.add_special_tokens({"extra_special_tokens": [part]})
+    tokenizer = TextTokenizer(saved)
+    ids = tokenizer.encode_text(f"a {part}{part}")
+    assert saved.convert_tokens_to_ids(part) not in ids
+    assert tokenizer.decode(ids) == f"a {part}{part}"
 
 
 def test_decoding_leaves_special_tokens_out():

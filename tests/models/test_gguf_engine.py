@@ -461,6 +461,7 @@ def test_byte_level_ids_are_those_of_the_tokenizer_it_was_made_from(policy, loca
         ({"kind": "bert"}, r"'bert'.*tokenizer\.json into"),
         ({"merges": ["! zz"]}, "the tokenizer in it or beside it is damaged"),
         (None, r"its tokenizer is None"),
+        ({"template": "{{ 1/0 }}"}, "writes 'an error: division by zero' where"),
     ],
 )
 def test_a_tokenizer_that_would_be_a_guess_is_refused(policy, tmp_path, change, message):
@@ -502,6 +503,26 @@ def test_files_that_cannot_be_read_say_so_and_llama_cpp_says_nothing(policy, fil
         load_gguf(tmp_path / "none.gguf")
     only(load_gguf(file, threads=1).engine, ask(2))
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("length", ["x", 0])
+def test_a_context_length_that_is_none_is_refused(policy, tmp_path, length):
+    def add(writer):
+        byte_level(policy.codec.tokenizer)(writer)
+        writer.kv_data[-1].pop("llama.context_length")
+        write = writer.add_string if isinstance(length, str) else writer.add_uint32
+        write("llama.context_length", length)
+
+    path = write_gguf(tmp_path / "m.gguf", policy.model, add)
+    with pytest.raises(ModelError, match=f"context_length is {length!r}, no length; get it again"):
+        load_gguf(path)
+
+
+def test_a_files_own_template_that_fails_is_refused(policy, tmp_path):
+    vocabulary = byte_level(policy.codec.tokenizer, template="{{ 1/0 }}")
+    path = write_gguf(tmp_path / "m.gguf", policy.model, vocabulary)
+    with pytest.raises(DataError, match="refuses the conversation: division by zero"):
+        load_gguf(path, chat_format="template")
 
 
 def test_without_the_extra_it_says_what_to_install(file, monkeypatch):

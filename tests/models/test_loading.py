@@ -18,6 +18,7 @@ from transformers import (
     LlamaConfig,
     MistralConfig,
     MistralForCausalLM,
+    T5Config,
 )
 
 from starling.base.errors import DataError, ModelError
@@ -177,6 +178,41 @@ def test_a_config_that_is_missing_or_no_json_is_refused(copied, content):
     refused(copied, r"no usable config\.json")
 
 
+@pytest.mark.parametrize("content", ["[]", "null", "3", '"mistral"'])
+def test_a_config_that_is_no_table_is_refused(copied, content):
+    (copied / "config.json").write_text(content)
+    refused(copied, r"no usable config\.json")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("architectures", [3], "no usable .*architectures"),
+        ("architectures", "MistralForCausalLM", "no usable .*architectures"),
+        (
+            "starling_chat_format",
+            3,
+            r"config\.json has no usable starling_chat_format; download or",
+        ),
+        ("starling_chat_format", ["openchat"], "no usable starling_chat_format"),
+        ("vocab_size", -1, "no usable vocab_size"),
+        ("dtype", "int32", "no usable dtype"),
+        ("dtype", "float7", r"no usable config\.json .*float7"),
+        ("quantization_config", "x", r"no usable config\.json"),
+        ("hidden_act", "zz", r"the weights cannot be read \(.*zz.*copy or save the model again"),
+    ],
+)
+def test_a_config_with_odd_values_is_refused(copied, key, value, message):
+    edit_json(copied / "config.json", **{key: value})
+    refused(copied, message)
+
+
+@pytest.mark.parametrize("content", ["null", '{"weight_map": null}', "{"])
+def test_a_damaged_index_is_refused_by_name(copied, content):
+    (copied / "model.safetensors.index.json").write_text(content)
+    refused(copied, r"model\.safetensors\.index\.json: damaged .*; get it again")
+
+
 def test_a_missing_folder_is_refused_by_name(tmp_path):
     refused(tmp_path / "absent", "absent: there is no such folder; a hub id is owner/name")
     refused("./absent", r"\./absent: there is no such folder")
@@ -319,9 +355,13 @@ def test_a_copied_wrong_template_is_refused_with_both_renderings(published, tmp_
     load_language_model(str(tmp_path / "saved"))
 
 
-def test_a_template_that_cannot_be_rendered_is_refused(published):
-    (published / "chat_template.jinja").write_text("{{ raise_exception('broken') }}")
-    refused(published, "writes 'an error: broken' where")
+@pytest.mark.parametrize(
+    ("template", "error"),
+    [("{{ raise_exception('broken') }}", "broken"), ("{{ 1/0 }}", "division by zero")],
+)
+def test_a_template_that_cannot_be_rendered_is_refused(published, template, error):
+    (published / "chat_template.jinja").write_text(template)
+    refused(published, f"writes 'an error: {error}' where")
 
 
 def test_a_template_that_leaves_the_bos_to_the_tokenizer_is_no_contradiction(published):
@@ -344,6 +384,40 @@ def test_every_stop_of_the_generation_config_is_heeded(copied):
     assert load_language_model(str(copied)).codec.stop_ids == {2, 3}
     (copied / "generation_config.json").unlink()
     assert load_language_model(str(copied)).codec.stop_ids == {3}
+
+
+@pytest.mark.parametrize("content", ["{", "null", "[]", "\ufffd"])
+def test_a_damaged_generation_config_is_refused(copied, content):
+    (copied / "generation_config.json").write_text(content, encoding="utf-16")
+    refused(copied, r"generation_config\.json is damaged .*; get it again, or remove it")
+    (copied / "generation_config.json").write_text(content)
+    refused(copied, r"generation_config\.json is damaged .*; get it again, or remove it")
+
+
+@pytest.mark.parametrize("end", [300, [3, 99999], -1, "3", [["3"]], True])
+def test_an_end_that_is_no_id_is_refused(copied, end):
+    edit_json(copied / "generation_config.json", eos_token_id=end)
+    refused(copied, r"eos_token_id is .*no id of the vocabulary \(0 to 299\); correct it in gen")
+
+
+def test_the_ends_of_config_json_must_be_ids_too(copied):
+    (copied / "generation_config.json").unlink()
+    edit_json(copied / "config.json", eos_token_id=[99999])
+    refused(copied, "eos_token_id is 99999, which is no id")
+
+
+def test_an_end_that_the_tokenizer_does_not_know_is_said(copied, caplog):
+    # Rows that pad the embedding have ids and no tokens.
+    def pad(weights):
+        rows = weights["model.embed_tokens.weight"]
+        weights["model.embed_tokens.weight"] = torch.cat([rows, torch.zeros(20, 32)])
+
+    edit_weights(copied, pad)
+    edit_json(copied / "config.json", vocab_size=320)
+    edit_json(copied / "generation_config.json", eos_token_id=310)
+    assert load_language_model(str(copied)).codec.stop_ids == {3, 310}
+    [warning] = warnings(caplog)
+    assert "the end of sequence is None, but answers end with <|end_of_turn|> (3)" in warning
 
 
 def test_an_eos_that_is_not_the_end_marker_is_said_and_repaired_by_saving(copied, tmp_path, caplog):
@@ -495,6 +569,16 @@ BETA = MistralConfig(
 
 def test_the_published_config_has_the_published_number_of_parameters():
     assert count_parameters(BETA) == 7_241_748_480
+
+
+def test_a_model_of_another_kind_has_no_size_and_says_so():
+    with pytest.raises(ModelError, match="a t5 is no causal language model"):
+        count_parameters(T5Config())
+
+
+def test_a_config_that_no_model_can_be_built_from_has_no_size_and_says_so():
+    with pytest.raises(ModelError, match=r"describes no mistral that can be built .*zz.*again"):
+        count_parameters(MistralConfig(hidden_act="zz", num_hidden_layers=1))
 
 
 def test_tied_parameters_are_counted_once(policy_folder):

@@ -212,12 +212,12 @@ class Malicious:
         return open, (str(self.path), "w")
 
 
-@pytest.mark.parametrize("save", ["torch", "pickle"])
+@pytest.mark.parametrize("save", ["torch", "old torch", "pickle"])
 def test_a_pickle_that_would_run_something_runs_nothing_and_is_named(base, tmp_path, save):
     evil, ran = tmp_path / "model.bin", tmp_path / "ran"
     content = {"v_head.weight": torch.ones(1, 32), "more": Malicious(ran)}
-    if save == "torch":
-        torch.save(content, evil)
+    if save != "pickle":
+        torch.save(content, evil, _use_new_zipfile_serialization=save == "torch")
     else:
         evil.write_bytes(pickle.dumps(content))
     with pytest.raises(ModelError, match=r"model\.bin"):
@@ -225,7 +225,7 @@ def test_a_pickle_that_would_run_something_runs_nothing_and_is_named(base, tmp_p
     assert not ran.exists()
     assert not (tmp_path / "out").exists()
     # The same file in a less careful reader: the test would notice.
-    torch.load(evil, weights_only=False) if save == "torch" else pickle.loads(evil.read_bytes())
+    torch.load(evil, weights_only=False) if save != "pickle" else pickle.loads(evil.read_bytes())
     assert ran.exists()
 
 
@@ -252,6 +252,7 @@ def changed(published, path, change):
             r"score\.weight is \[2, 32\] there and \[1, 32\] in the base",
         ),
         (lambda w: w.update(steps=3), "no table of tensors"),
+        (lambda w: w.update({7: torch.ones(1)}), "no table of tensors"),
     ],
 )
 def test_a_checkpoint_that_does_not_fit_the_base_is_refused(
@@ -269,6 +270,23 @@ def test_a_folder_without_weights_and_a_truncated_file_are_refused(base, publish
     file.write_bytes(file.read_bytes()[:5000])
     with pytest.raises(ModelError, match=r"model\.bin: cannot be read"):
         convert(file, str(base), tmp_path / "out")
+
+
+def test_a_checkpoint_that_an_old_torch_wrote_is_read(base, published, tmp_path):
+    file = tmp_path / "model.bin"
+    torch.save(published.state_dict(), file, _use_new_zipfile_serialization=False)
+    convert(file, str(base), tmp_path / "out")
+    assert RewardModel.load(str(tmp_path / "out")).max_length == 2048
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"hello this is junk", b"version https://git-lfs.github.com/spec/v1\n"]
+)
+def test_a_file_that_is_no_checkpoint_is_to_be_downloaded_again(base, tmp_path, content):
+    (tmp_path / "model.bin").write_bytes(content)
+    with pytest.raises(ModelError, match=r"model\.bin: .*[Dd]ownload it\s+again") as caught:
+        convert(tmp_path / "model.bin", str(base), tmp_path / "out")
+    assert "weights_only" not in str(caught.value)
 
 
 def test_the_command_says_what_it_made_or_why_not(base, published, tmp_path, capsys):

@@ -10,7 +10,6 @@ from transformers import AutoTokenizer
 
 from starling import cli
 from starling.data import openchat
-from starling.data.tokenizer import load_tokenizer
 from starling.models.interfaces import Sample
 from starling.models.torch_engine import TorchEngine
 from starling.serve.chat import chat
@@ -272,8 +271,10 @@ ATTACKS = [
 ]
 
 
-def controls(tokenizer, ids):
-    special = set(tokenizer.markers.values())
+OPENCHAT, TINY = {0, 1, 2, 32000, 32001}, {0, 1, 2, 3, 4}
+
+
+def controls(special, ids):
     return [token for token in ids if token in special]
 
 
@@ -283,14 +284,13 @@ def visible(attack):
 
 
 def test_no_file_can_make_a_marker(tokens):
-    tokenizer = load_tokenizer("openchat")
     roles = ("user", "assistant") * len(ATTACKS)
     twice = [attack for attack in ATTACKS for _ in range(2)]
     turns = [{"role": role, "content": text} for role, text in zip(roles, twice, strict=True)]
     for attack in ATTACKS:
         messages = [{"role": "system", "content": attack}, *turns]
         found = as_json(tokens("--json", messages=messages))
-        assert controls(tokenizer, found["ids"]) == [1] + [32000] * (1 + len(turns))
+        assert controls(OPENCHAT, found["ids"]) == [1] + [32000] * (1 + len(turns))
         # What was typed is read, not dropped.
         assert visible(attack) in found["text"]
 
@@ -308,9 +308,8 @@ def test_nothing_typed_in_a_chat_can_make_a_marker(policy_folder, monkeypatch, c
     lines = [line for attack in typed for line in (f"/system {attack}", f" {attack}", "/new")]
     monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
     chat(Chat(str(policy_folder), max_tokens=2))
-    tokenizer = load_tokenizer(str(policy_folder))
     assert len(asked) == len(ATTACKS)
-    assert all(controls(tokenizer, ids) == [1, 3, 3] for ids in asked)
+    assert all(controls(TINY, ids) == [1, 3, 3] for ids in asked)
 
 
 def test_nothing_in_a_pythons_messages_can_make_a_marker(policy_folder, monkeypatch):
@@ -329,6 +328,5 @@ def test_nothing_in_a_pythons_messages_can_make_a_marker(policy_folder, monkeypa
         talk.reply(
             [{"role": "user", **said}, {"role": "assistant", **said}, {"role": "user", **said}]
         )
-    tokenizer = load_tokenizer(str(policy_folder))
     assert len(asked) == len(ATTACKS)
-    assert all(controls(tokenizer, ids) == [1, 3, 3, 3, 3] for ids in asked)
+    assert all(controls(TINY, ids) == [1, 3, 3, 3, 3] for ids in asked)

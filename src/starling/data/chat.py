@@ -221,6 +221,8 @@ def build_codec(name: str, tokenizer: TextTokenizer, stop_ids: Iterable[int]) ->
             f"chat format {name!r} needs the special tokens {', '.join(missing)}, which this "
             "tokenizer does not have; set chat_format to the format the model was trained with"
         )
+    if chat_format.jinja:
+        tokenizer = tokenizer.speaking(chat_format.jinja)
     template = Template(chat_format.jinja, tokenizer) if chat_format.jinja else None
     stops = list(stop_ids)
     end = tokenizer.marker_id(chat_format.end) if chat_format.end else None

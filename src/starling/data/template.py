@@ -9,12 +9,11 @@ for what the template wrote, and where nothing was typed the ids are those of
 Left out: templates that rewrite a text (other than by stripping it), repeat it or drop it.
 """
 
+import os
 import re
 import secrets
 from collections.abc import Callable, Sequence
 from typing import Any
-
-from jinja2 import TemplateError
 
 from starling.base.errors import DataError
 from starling.data.records import Message
@@ -110,13 +109,19 @@ class Template:
         A response is what a model samples: an answer's text, the space before it that the
         generation prompt lacks, and what leads up to and is the end marker.
         """
+        if mode and (found := self._markers.search(mode)):
+            raise DataError(f"the mode {mode!r} holds the marker {found[0]}; name a mode without")
         options: dict[str, Any] = {"mode": mode, "condition": mode} if mode else {}
         options["add_generation_prompt"] = generation_prompt
         nonce = secrets.token_hex(16)
         words = [f"x{nonce}n{number}x" for number in range(len(messages))]
         rendered = self._render([message.content for message in messages], messages, options)
-        pattern = self._render(words, messages, options)
-        pieces = re.split(f"x{nonce}n([0-9]+)x", pattern)
+        word = f"x{nonce}n([0-9]+)x"
+        pieces = re.split(word, self._render(words, messages, options))
+        if any(not message.content for message in messages):
+            # Templates may write other things around an empty text than around a word.
+            said = [name if m.content else "" for name, m in zip(words, messages, strict=True)]
+            pieces = self._placed(pieces, re.split(word, self._render(said, messages, options)))
         texts = self._texts(rendered, pieces, messages)
 
         parts: list[str | int] = []
@@ -135,6 +140,23 @@ class Template:
                 responses.add(answer)
             parts.append(texts[int(piece)])
         return parts, responses, answer
+
+    def _placed(self, pieces: list[str], without: list[str]) -> list[str]:
+        """`without`, where empty texts have no word, with those of `pieces` in their places."""
+        if [number for number in pieces[1::2] if number in without[1::2]] != without[1::2]:
+            return without  # which is refused: it lacks messages
+        placed, rest, known = [], without[0], iter(without[1:])
+        for literal, number in zip(pieces[::2], pieces[1::2], strict=False):
+            if number in without[1::2]:
+                placed += [rest, next(known)]
+                rest = next(known)
+                continue
+            cut = len(os.path.commonprefix([literal, rest]))
+            for marker in self._markers.finditer(rest):
+                cut = marker.start() if marker.start() < cut < marker.end() else cut
+            placed += [rest[:cut], number]
+            rest = rest[cut:]
+        return [*placed, rest]
 
     def _add_literals(self, piece: str, parts: list[str | int], responses: set[int]) -> None:
         """Append what the template wrote; an end marker after an answer is a response too."""
@@ -186,8 +208,9 @@ class Template:
             rendered: Any = self.tokenizer.saved.apply_chat_template(
                 said, chat_template=self.jinja, tokenize=False, **options
             )
-        except (TemplateError, TypeError, ValueError) as error:
+        except Exception as error:  # a template is a program, and fails in all their ways
             raise DataError(
-                f"the model's chat template refuses the conversation: {error}"
+                "the model's chat template refuses the conversation: "
+                f"{str(error) or type(error).__name__}"
             ) from error
         return rendered

@@ -1,7 +1,10 @@
 """Text to token ids, with special tokens kept out of the text; and a small new tokenizer.
 
 A model folder's tokenizer is loaded once for saving and marker names.  A second backend encodes:
-there every special token has a secret name, so none can be typed, whatever the kind of tokenizer.
+there every marker has a secret name, so none can be typed, whatever the kind of tokenizer.  Markers
+are the special tokens, and all that only a format may write: added tokens like `<|im_start|>`,
+which some folders do not call special (they are saved as such), and those that a chat template
+names, like `[INST]` (their flag stays).  Other added tokens (`<think>`, runs of spaces) are text.
 (transformers' flag for this is not thread-safe, and leaves tokens that are in the vocabulary too.)
 `tokenizer.json` is taken word for word: transformers' own classes for Llama and Mistral rebuild it
 and place spaces differently.
@@ -9,6 +12,7 @@ and place spaces differently.
 
 import json
 import logging
+import re
 import secrets
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
@@ -30,6 +34,10 @@ SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<|end_of_turn|>", "<|pad_0|>")
 # Tokens that may pad where none is named or the named one ends turns; `<unk>` is Starling-RM-7B's.
 PADS = ("<|pad_0|>", "<pad>", "[PAD]", "<unk>")
 
+_MARKER = re.compile(r"<\|[^|]+\|>")
+# A template is full of words, roles among them: only what no word is counts as its marker.
+_NO_WORD = re.compile(r"[^\w\s]")
+
 
 class Whole(NamedTuple):
     """Ids of parts encoded as one string, and the part that each id belongs to."""
@@ -39,22 +47,26 @@ class Whole(NamedTuple):
 
 
 class TextTokenizer:
-    """A tokenizer whose `encode_text` never yields a special token, whatever the text holds."""
+    """A tokenizer whose `encode_text` never yields a marker, whatever the text holds."""
 
-    def __init__(self, saved: PreTrainedTokenizerFast) -> None:
+    def __init__(self, saved: PreTrainedTokenizerFast, written: Iterable[int] = ()) -> None:
         self.saved = saved
-        self._special = set(saved.all_special_ids) | {
-            token_id for token_id, token in saved.added_tokens_decoder.items() if token.special
-        }
+        token: Any  # a class of tokenizers' that transformers does not name
+        for token in saved.added_tokens_decoder.values():
+            if not token.special and _MARKER.fullmatch(token.content):
+                token.special = True
+                saved.add_tokens([token], special_tokens=True)
         # Looked up for every piece of every message; the tokenizer would build its vocabulary anew.
         added = saved.added_tokens_decoder
+        self._special = set(saved.all_special_ids) | {i for i in added if added[i].special}
+        self._written = set(written) - self._special
         self._markers: dict[str, int] = {
             str(added.get(token_id) or saved.convert_ids_to_tokens(token_id)): token_id
-            for token_id in sorted(self._special)
+            for token_id in sorted(self._special | self._written)
         }
         # Private-use characters at both ends: no token of the vocabulary reaches into a name.
         nonce = secrets.token_hex(16)
-        self._names = {token: f"\ue000{nonce}{token}\ue001" for token in self._special}
+        self._names = {token: f"\ue000{nonce}{token}\ue001" for token in self._markers.values()}
         names = {marker: self._names[token] for marker, token in self._markers.items()}
         self._text = _renamed(saved.backend_tokenizer, names)
         probe = self._text.encode("a", add_special_tokens=False)
@@ -63,6 +75,15 @@ class TextTokenizer:
         self.decodes_space = self._text.decode(probe.ids).startswith(" ")
         whole = saved.backend_tokenizer.encode("a", add_special_tokens=True).ids
         self.adds_bos = self.bos_id is not None and whole[:1] == [self.bos_id]
+
+    def speaking(self, template: str) -> "TextTokenizer":
+        """The tokenizer for which also what the chat template `template` names is a marker."""
+        written = [
+            token_id
+            for token_id, token in self.saved.added_tokens_decoder.items()
+            if token.content in template and _NO_WORD.search(token.content)
+        ]
+        return self if self._special.issuperset(written) else TextTokenizer(self.saved, written)
 
     @property
     def bos_id(self) -> int | None:
@@ -81,7 +102,7 @@ class TextTokenizer:
 
     @property
     def markers(self) -> dict[str, int]:
-        """Every special token by its exact text."""
+        """Every marker's id by its exact text."""
         return self._markers
 
     def __len__(self) -> int:
@@ -105,8 +126,12 @@ class TextTokenizer:
         return Whole(encoding.ids, [bisect_right(starts, place) - 1 for place in places])
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of ids, special tokens left out."""
-        return self._text.decode([token for token in ids if token not in self._special])
+        """Text of ids, special tokens left out; a template's other markers are text here."""
+        text = self._text.decode([token for token in ids if token not in self._special])
+        for marker, token_id in self._markers.items():
+            if token_id in self._written:
+                text = text.replace(self._names[token_id], marker)
+        return text
 
     def decode_inside(self, ids: Iterable[int]) -> str:
         """Text of ids that other text stands before: a space at their beginning is kept."""
@@ -114,7 +139,7 @@ class TextTokenizer:
         return self.decode([*before, *ids])[len(self.decode(before)) :]
 
     def marker_id(self, marker: str) -> int | None:
-        """The id of a special token by its exact text; None if the tokenizer has none such."""
+        """The id of a marker by its exact text; None if the tokenizer has none such."""
         return self._markers.get(marker)
 
     def choose_pad(self, end_id: int) -> None:
@@ -127,7 +152,7 @@ class TextTokenizer:
         if named is not None and self.saved.pad_token_id != end_id:
             return
         eos: Any = self.saved.eos_token_id
-        taken = {end_id, eos, self.bos_id}
+        taken = {end_id, eos, self.bos_id} | self._written
         others = sorted(self._markers, key=self._markers.__getitem__)
         for pad in (*PADS, *others):
             if self._markers.get(pad) is None or self._markers[pad] in taken:
@@ -160,7 +185,9 @@ def _renamed(tokenizer: Tokenizer, names: dict[str, str]) -> Tokenizer:
     else:
         model["vocab"] = [[names.get(text, text), score] for text, score in model["vocab"]]
     if "merges" in model:
-        model["merges"] = [pair for pair in model["merges"] if "".join(pair) not in names]
+        model["merges"] = [
+            pair for pair in model["merges"] if not names.keys() & {*pair, "".join(pair)}
+        ]
     if model.get("unk_token") is not None:
         model["unk_token"] = names.get(model["unk_token"], model["unk_token"])
     return Tokenizer.from_str(json.dumps(content))
@@ -177,8 +204,8 @@ def load_tokenizer(reference: str | Path) -> TextTokenizer:
 
     if str(reference) == "openchat" and not Path("openchat").is_dir():
         return openchat.openchat_tokenizer()
-    path = _find(reference, "tokenizer.json")
-    model = None if path else _find(reference, "tokenizer.model")
+    path = find_file(reference, "tokenizer.json")
+    model = None if path else find_file(reference, "tokenizer.model")
     if path is None and model is None:
         here = "it has" if Path(reference).is_dir() else "no such folder, and on the hub was found"
         raise ModelError(
@@ -192,7 +219,7 @@ def load_tokenizer(reference: str | Path) -> TextTokenizer:
         else:
             # On the hub each file is fetched by its name.
             for name in ("added_tokens.json", "tokenizer_config.json"):
-                _find(reference, name)
+                find_file(reference, name)
             tokenizer = openchat.from_sentencepiece(Path(model))
     except ModelError:
         raise
@@ -203,7 +230,8 @@ def load_tokenizer(reference: str | Path) -> TextTokenizer:
     return tokenizer
 
 
-def _find(reference: str | Path, name: str) -> str | None:
+def find_file(reference: str | Path, name: str) -> str | None:
+    """A file of a folder or hub id; None if there is none."""
     try:
         return cached_file(reference, name)
     except (OSError, ValueError):

@@ -221,6 +221,8 @@ def load_gguf(
     codec = build_codec(name, tokenizer, stop_ids(metadata))
     architecture = metadata.get("general.architecture")
     trained = metadata.get(f"{architecture}.context_length", LONGEST_CONTEXT)
+    if type(trained) is not int or trained < 1:
+        raise ModelError(f"{path}: its context_length is {trained!r}, no length; get it again")
     context = min(context or LONGEST_CONTEXT, trained)
     server = _start(path, f"{architecture}", threads, context)
     vocab_size = len(metadata["tokenizer.ggml.tokens"])

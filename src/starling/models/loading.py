@@ -5,7 +5,6 @@ random, a template that writes another format, an end marker that is no end) is 
 with what to do.
 """
 
-import contextlib
 import json
 import logging
 import os
@@ -14,14 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from jinja2 import TemplateError
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from transformers.utils import logging as transformers_logging
 
 from starling.base.errors import ModelError, some
 from starling.data.chat import FORMATS, ChatCodec, build_codec, jinja_template
-from starling.data.tokenizer import TextTokenizer, load_tokenizer
+from starling.data.tokenizer import TextTokenizer, find_file, load_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +47,7 @@ def load_config(reference: str) -> PretrainedConfig:
         stored, _ = PretrainedConfig.get_config_dict(reference)
         named = stored.get("auto_map")
         config = None if named else AutoConfig.from_pretrained(reference, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
+    except Exception as error:  # transformers raises anything for what it did not write
         raise ModelError(f"{reference}: no usable config.json ({error})") from error
     if config is None:
         raise ModelError(
@@ -64,7 +61,28 @@ def load_config(reference: str) -> PretrainedConfig:
             f"{reference}: the weights are quantised ({kind}), which is not supported; use the "
             "model it was made from, or a GGUF file with starling chat"
         )
+    _check_config(reference, config)
     return config
+
+
+def _check_config(reference: str, config: PretrainedConfig) -> None:
+    """Refuse what transformers leaves to whoever reads it."""
+    rows: Any = getattr(config.get_text_config(), "vocab_size", None)
+    named: Any = config.architectures
+    stored: Any = getattr(config, "starling_chat_format", None)
+    dtype: Any = config.dtype
+    right = {
+        "vocab_size": type(rows) is int and rows > 0,
+        "architectures": named is None
+        or (isinstance(named, list) and all(isinstance(name, str) for name in named)),
+        "starling_chat_format": stored is None or isinstance(stored, str),
+        "dtype": dtype is None or (isinstance(dtype, torch.dtype) and dtype.is_floating_point),
+    }
+    if wrong := [key for key, is_right in right.items() if not is_right]:
+        raise ModelError(
+            f"{reference}: config.json has no usable {', '.join(wrong)}; download or save the "
+            "model again"
+        )
 
 
 def _refuse_other_files(reference: str) -> None:
@@ -92,10 +110,27 @@ def _refuse_other_files(reference: str) -> None:
 
 
 def count_parameters(config: PretrainedConfig) -> int:
-    """Parameters of the causal language model that `config` describes; none is allocated."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    return model.num_parameters()
+    """Parameters of the causal language model that `config` describes; none is allocated.
+
+    Raises ModelError for a config of something else.
+    """
+    return empty_model(AutoModelForCausalLM, "causal language model", config).num_parameters()
+
+
+def empty_model(factory: Any, kind: str, config: PretrainedConfig) -> Any:
+    """The `factory`'s model that `config` describes, without memory for its weights."""
+    if type(config) not in factory._model_mapping:
+        raise ModelError(
+            f"a {config.model_type} is no {kind} that transformers knows; use another model"
+        )
+    try:
+        with torch.device("meta"):
+            return factory.from_config(config, trust_remote_code=False)
+    except Exception as error:  # a model's own code meets the config's values
+        raise ModelError(
+            f"config.json describes no {config.model_type} that can be built ({error!r}); download "
+            "or save the model again"
+        ) from error
 
 
 def load_weights(
@@ -110,8 +145,6 @@ def load_weights(
 
     `dtype` is a name of DTYPES; auto keeps the stored one.  Raises ModelError.
     """
-    from safetensors import SafetensorError
-
     if dtype not in DTYPES:
         raise ModelError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)} (as stored)")
     # transformers' own report says less than the messages below.
@@ -128,7 +161,9 @@ def load_weights(
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+    except ModelError:
+        raise
+    except Exception as error:  # a model's own code meets the config's values and the files
         if "use_safetensors" in str(error):
             raise ModelError(
                 f"{reference}: the hub has no safetensors of it, and pickles are not opened; use a "
@@ -151,7 +186,12 @@ def _check_files(reference: str, config: PretrainedConfig) -> None:
     named = {getattr(config, "transformers_weights", None) or ""}
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        named |= set(json.loads(index.read_text(encoding="utf-8")).get("weight_map", {}).values())
+        try:
+            named |= set(
+                json.loads(index.read_text(encoding="utf-8")).get("weight_map", {}).values()
+            )
+        except (AttributeError, TypeError, ValueError) as error:
+            raise ModelError(f"{index}: damaged ({error}); get it again") from error
     if pickles := sorted(name for name in named if name.endswith(PICKLES)):
         raise ModelError(f"{reference}: names {some(pickles, 3)} as weights; pickles can run code")
 
@@ -178,13 +218,6 @@ def _check_loaded(
         )
 
 
-def find_codec(reference: str, chat_format: str | None) -> ChatCodec:
-    """The chat codec of a model folder or hub id, without its weights; `openchat` needs neither."""
-    if reference == "openchat" and not Path(reference).exists():
-        return build_codec(chat_format or "openchat", load_tokenizer(reference), [])
-    return load_codec(reference, load_config(reference), chat_format)
-
-
 def load_codec(reference: str, config: PretrainedConfig, chat_format: str | None) -> ChatCodec:
     """The chat codec of a model folder or hub id; its pad token becomes `config`'s.
 
@@ -201,11 +234,7 @@ def load_codec(reference: str, config: PretrainedConfig, chat_format: str | None
         )
     if chat_format is None and name.startswith("openchat"):
         check_template(reference, name, tokenizer)
-    stops = config.eos_token_id
-    # Many folders have no generation_config.json; then config.json's end of sequence stands.
-    with contextlib.suppress(OSError):
-        stops = GenerationConfig.from_pretrained(reference).eos_token_id or stops
-    stop_ids = [] if stops is None else [stops] if isinstance(stops, int) else list(stops)
+    stop_ids = _stop_ids(reference, config)
     check_vocabulary(reference, config, tokenizer)
     named_pad = tokenizer.saved.pad_token_id
     codec = build_codec(name, tokenizer, stop_ids)
@@ -215,6 +244,28 @@ def load_codec(reference: str, config: PretrainedConfig, chat_format: str | None
     # Also because the embedding of config's pad token is never trained.
     config.pad_token_id = tokenizer.pad_id
     return codec
+
+
+def _stop_ids(reference: str, config: PretrainedConfig) -> list[int]:
+    """The ends of generation_config.json, or where that is absent or names none, config.json's."""
+    stops: Any = None
+    if path := find_file(reference, "generation_config.json"):
+        try:
+            stops = json.loads(Path(path).read_text(encoding="utf-8")).get("eos_token_id")
+        except (AttributeError, OSError, ValueError) as error:
+            raise ModelError(
+                f"{reference}: generation_config.json is damaged ({error}); get it again, or "
+                "remove it: config.json's end of sequence then stands"
+            ) from error
+    stops = config.eos_token_id if stops is None else stops
+    ends = [] if stops is None else stops if isinstance(stops, list) else [stops]
+    rows = config.get_text_config().vocab_size
+    if wrong := [end for end in ends if type(end) is not int or not 0 <= end < rows]:
+        raise ModelError(
+            f"{reference}: eos_token_id is {wrong[0]!r}, which is no id of the vocabulary "
+            f"(0 to {rows - 1}); correct it in generation_config.json or config.json"
+        )
+    return ends
 
 
 def guess_format(tokenizer: TextTokenizer) -> str | None:
@@ -238,8 +289,8 @@ def check_template(reference: str, name: str, tokenizer: TextTokenizer) -> None:
             text = saved.apply_chat_template(
                 _TURNS, chat_template=template, tokenize=False, add_generation_prompt=True
             )
-        except (TemplateError, ValueError, TypeError) as error:
-            return f"an error: {error}"
+        except Exception as error:  # a template is a program, and fails in all their ways
+            return f"an error: {str(error) or type(error).__name__}"
         return str(text).removeprefix(str(saved.bos_token or ""))
 
     theirs, ours = rendered(None), rendered(jinja_template(FORMATS[name]))
@@ -273,7 +324,7 @@ def _check_end(reference: str, codec: ChatCodec, stop_ids: list[int]) -> None:
             "%s: the end of sequence is %s, but answers end with %s (%d): Starling stops at "
             "either, other programs would not stop; saving with Starling repairs it",
             reference,
-            ", ".join(name(stop_ids)) or "not set",
+            ", ".join(map(str, name(stop_ids))) or "not set",
             name(codec.end_id),
             codec.end_id,
         )

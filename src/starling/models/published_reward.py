@@ -13,6 +13,7 @@ import logging
 import pickle
 import re
 import sys
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -25,7 +26,13 @@ from transformers import AutoModelForSequenceClassification
 from starling.base.errors import InputError, ModelError, some
 from starling.data.chat import build_codec
 from starling.data.tokenizer import load_tokenizer
-from starling.models.loading import PICKLES, SIDE_FILES, check_vocabulary, load_config
+from starling.models.loading import (
+    PICKLES,
+    SIDE_FILES,
+    check_vocabulary,
+    empty_model,
+    load_config,
+)
 from starling.models.reward_model import RewardModel
 
 logger = logging.getLogger(__name__)
@@ -54,8 +61,7 @@ def convert(checkpoint: Path, base: str, out: Path, *, chat_format: str | None =
     codec = build_codec(chat_format or name, tokenizer, [])
     config.num_labels = 1
     config.pad_token_id = tokenizer.pad_id
-    with torch.device("meta"):
-        model = AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
+    model = empty_model(AutoModelForSequenceClassification, "sequence classifier", config)
     weights = _classifier_weights(checkpoint, f"{model.base_model_prefix}.")
     _check_weights(checkpoint, weights, model.state_dict())
     model.load_state_dict(weights, assign=True)
@@ -95,15 +101,22 @@ def _tensors(file: Path) -> Mapping[str, Tensor]:
     try:
         if file.suffix == ".safetensors":
             return load_file(file)
-        content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        # Before 1.6, torch wrote no zip files; those cannot be mapped.
+        mapped = zipfile.is_zipfile(file)
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         raise ModelError(
-            f"{file}: holds more than tensors, and nothing in it was run; do not trust this file"
+            f"{file}: damaged, or it holds more than tensors; nothing in it was run. Download it "
+            "again, and do not trust it if this stays"
         ) from error
-    except (OSError, RuntimeError, EOFError, SafetensorError) as error:
+    except SafetensorError as error:
         raise ModelError(f"{file}: cannot be read ({error}); download it again") from error
+    except Exception as error:  # whatever torch meets; its own words advise to trust the file
+        raise ModelError(
+            f"{file}: cannot be read: empty, cut or no checkpoint; download it again"
+        ) from error
     if not isinstance(content, Mapping) or not all(
-        isinstance(value, Tensor) for value in content.values()
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items()
     ):
         raise ModelError(f"{file}: found no table of tensors; give the checkpoint's weights")
     return content
