@@ -60,7 +60,7 @@ def raw_completion(text, **choice):
 class Say:
     """One answer: a status, a body or the pieces of a stream, and what goes wrong on the way."""
 
-    body: str = ""
+    body: str | bytes = ""
     status: int = 200
     headers: dict[str, str] = field(default_factory=dict)
     delay_seconds: float = 0.0
@@ -74,9 +74,16 @@ def error(status, message, *, code=None, param=None, headers=None):
 
 
 class FakeServer:
-    """`script(body, n)` answers the n-th call (from 0) about the same last message."""
+    """`script(body, n)` answers the n-th call (from 0) about the same last message.
 
-    def __init__(self, script: Callable[[dict, int], Say]) -> None:
+    `listing(headers)` answers who asks for the models.
+    """
+
+    def __init__(
+        self,
+        script: Callable[[dict, int], Say] = lambda body, n: Say(),
+        listing: Callable[[dict], Say] = lambda headers: Say(status=404),
+    ) -> None:
         self.script = script
         self.calls: list[dict] = []
         self.headers: list[dict[str, str]] = []
@@ -92,6 +99,11 @@ class FakeServer:
 
             def do_POST(self):
                 outer._answer(self)
+
+            def do_GET(self):
+                headers = {key.lower(): value for key, value in self.headers.items()}
+                outer.headers.append(headers)
+                outer._write(self, listing(headers))
 
             def log_message(self, format, *args):
                 pass
@@ -116,7 +128,7 @@ class FakeServer:
     def _answer(self, handler):
         body = json.loads(handler.rfile.read(int(handler.headers["Content-Length"])))
         with self._lock:
-            n = sum(_asked(call) == _asked(body) for call in self.calls)
+            n = sum(asked(call) == asked(body) for call in self.calls)
             self.calls.append(body | {"path": handler.path})
             self.headers.append({key.lower(): value for key, value in handler.headers.items()})
             self.times.append(time.monotonic())
@@ -128,12 +140,14 @@ class FakeServer:
             self.num_open -= 1
         if say.pieces is not None:
             self._stream(handler, say)
-            return
-        content = say.body.encode()
+        else:
+            self._write(handler, say)
+
+    def _write(self, handler, say):
+        content = say.body if isinstance(say.body, bytes) else say.body.encode()
         try:
             handler.send_response(say.status)
-            handler.send_header("Content-Type", "application/json")
-            for name, value in say.headers.items():
+            for name, value in ({"Content-Type": "application/json"} | say.headers).items():
                 handler.send_header(name, value)
             handler.send_header("Content-Length", str(len(content) + (10 if say.cut else 0)))
             handler.end_headers()
@@ -145,7 +159,8 @@ class FakeServer:
 
     def _stream(self, handler, say):
         handler.send_response(say.status)
-        handler.send_header("Content-Type", "text/event-stream")
+        kind = say.headers.get("Content-Type", "text/event-stream; charset=utf-8")
+        handler.send_header("Content-Type", kind)
         handler.send_header("Transfer-Encoding", "chunked")
         handler.end_headers()
         try:
@@ -159,5 +174,5 @@ class FakeServer:
         handler.close_connection = say.cut or self.saw_close.is_set()
 
 
-def _asked(body):
+def asked(body):
     return body["prompt"] if "prompt" in body else body["messages"][-1]["content"]

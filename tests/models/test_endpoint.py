@@ -1,5 +1,8 @@
 """An endpoint against a real HTTP server that misbehaves in every way we know of."""
 
+import asyncio
+import json
+import signal
 import subprocess
 import sys
 import threading
@@ -7,13 +10,16 @@ import time
 from contextlib import closing
 
 import pytest
-from fake_server import FakeServer, Say, completion, error
+from fake_server import FakeServer, Say, asked, completion, error
 
 from starling.base.errors import InputError
 from starling.data.records import Message
 from starling.models import endpoint as endpoint_module
 from starling.models.endpoint import Endpoint
 from starling.models.interfaces import Failure, Reply, Request, Sampling, Usage
+
+HTML = {"Content-Type": "text/html"}
+REFUSAL = {"finish_reason": "stop"}
 
 
 @pytest.fixture(autouse=True)
@@ -131,6 +137,121 @@ def test_a_reply_that_ended_in_no_known_way_is_a_failure(finish_reason):
     outcome, _ = ask_one(lambda body, n: Say(completion("hi", finish_reason=finish_reason)))
     assert isinstance(outcome, Failure)
     assert str(finish_reason) in outcome.reason
+
+
+@pytest.mark.parametrize(
+    ("said", "meant"),
+    [("eos_token", "stop"), ("end_turn", "stop"), ("eos", "stop"), ("STOP", "stop")]
+    + [("max_tokens", "length"), ("MAX_TOKENS", "length"), ("model_length", "length")],
+)
+def test_other_words_for_the_end_of_a_reply_are_understood(said, meant):
+    outcome, _ = ask_one(lambda body, n: Say(completion("hi", finish_reason=said)))
+    assert outcome == Reply("hello", "hi", meant, Usage(7, 3))
+
+
+@pytest.mark.parametrize(
+    ("usage", "counted"),
+    [
+        ({"prompt_tokens": None, "completion_tokens": 3}, Usage(0, 3)),
+        ({"prompt_tokens": 7, "completion_tokens": "many"}, Usage(7, 0)),
+        ({"prompt_tokens": -7, "completion_tokens": 0.5}, Usage(0, 0)),
+        ({}, Usage(0, 0)),
+        (5, Usage(0, 0)),
+    ],
+)
+def test_a_count_that_is_none_does_not_cost_the_reply(usage, counted):
+    body = json.dumps(json.loads(completion("hi")) | {"usage": usage})
+    outcome, _ = ask_one(lambda _, n: Say(body))
+    assert outcome == Reply("hello", "hi", "stop", counted)
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        lambda body, n: error(400, "a\x1b]0;owned\x07\x9b2J\u202eb\ud800\x7f"),
+        lambda body, n: Say("<html>a\x1b]0;owned\x07\x9b2J\u202eb\x7f", headers=HTML),
+    ],
+)
+def test_a_servers_words_cannot_steer_the_terminal(script):
+    outcome, _ = ask_one(script)
+    assert "a\\x1b]0;owned\\x07\\x9b2J\\u202eb" in outcome.reason
+    assert outcome.reason.isprintable()
+
+
+def test_a_key_is_not_shown_wherever_the_server_repeats_it(monkeypatch):
+    key = "sk-" + "s3cret" * 10
+    monkeypatch.setenv("SOME_KEY", key)
+    # At the end of what is shown, a part of the key would be a leak too.
+    for script in (
+        lambda body, n: error(400, "x" * 270 + key),
+        lambda body, n: Say("x" * 270 + key),
+        lambda body, n: Say(completion("hi", finish_reason=f"bad key {key}")),
+        lambda body, n: Say(json.dumps({"choices": [REFUSAL | {"message": {"refusal": key}}]})),
+    ):
+        outcome, _ = ask_one(script, api_key_env="SOME_KEY")
+        assert isinstance(outcome, Failure)
+        assert "s3cret" not in outcome.reason
+        assert "***" in outcome.reason
+
+
+def test_where_a_loop_runs_already_requests_are_answered_beside_it():
+    async def notebook():
+        endpoint = Endpoint(server.url, "m", concurrency=2)
+        outcomes = endpoint.respond(request(f"question {n}") for n in range(5))
+        first = next(outcomes)
+        await asyncio.sleep(0)
+        return first, next(outcomes), outcomes
+
+    with FakeServer(lambda body, n: Say(completion("hi"))) as server:
+        first, second, outcomes = asyncio.run(notebook())
+        found = [first, second, *outcomes]  # the others outside of any loop
+    assert [outcome.text for outcome in found] == ["hi"] * 5
+
+
+def test_what_is_asked_beside_a_loop_ends_with_it():
+    async def notebook():
+        outcomes = Endpoint(server.url, "m").respond([request("a"), request("b")])
+        next(outcomes)
+        outcomes.close()
+
+    def script(body, n):
+        return Say(completion("hi"), delay_seconds=5.0 if asked(body) == "b" else 0.0)
+
+    with FakeServer(script) as server:
+        start = time.monotonic()
+        asyncio.run(notebook())
+        assert time.monotonic() - start < 3.0
+    assert not any("ThreadPool" in thread.name for thread in threading.enumerate())
+
+
+def test_ctrl_c_ends_what_is_asked_beside_a_loop():
+    program = """
+import asyncio, sys
+from starling.data.records import Message
+from starling.models.endpoint import Endpoint
+from starling.models.interfaces import Request, Sampling
+
+async def notebook():
+    asked = Request("id", (Message(role="user", content="hello"),), Sampling(9))
+    for outcome in Endpoint(sys.argv[1], "m").respond([asked]):
+        print(outcome)
+
+loop = asyncio.new_event_loop()
+try:
+    loop.run_until_complete(notebook())
+except KeyboardInterrupt:
+    print("stopped")
+"""
+    with FakeServer(lambda body, n: Say(completion("hi"), delay_seconds=8.0)) as server:
+        command = [sys.executable, "-c", program, server.url]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            while not server.calls:
+                time.sleep(0.02)
+            time.sleep(0.2)
+            start = time.monotonic()
+            process.send_signal(signal.SIGINT)
+            assert process.communicate(timeout=30)[0] == "stopped\n"
+        assert time.monotonic() - start < 5.0
 
 
 def test_a_refused_request_fails_at_once_with_the_servers_words():

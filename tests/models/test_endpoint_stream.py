@@ -1,5 +1,6 @@
 """Streamed answers over real HTTP: what is shown is the answer, and what breaks is a Failure."""
 
+import asyncio
 import signal
 import subprocess
 import sys
@@ -230,13 +231,67 @@ def test_a_stream_of_something_else_is_a_failure_at_once(garbage, before):
     assert len(server.calls) == 1
 
 
-@pytest.mark.parametrize("body", ["", "hello\n\n", "data", completion("hi")])
+@pytest.mark.parametrize("body", ["", "hello\n\n", "data"])
 def test_a_body_without_events_is_a_failure(body):
-    pieces, outcome, server = stream_one(lambda _, n: Say(body))
+    kind = {"Content-Type": "text/event-stream"}
+    pieces, outcome, server = stream_one(lambda _, n: Say(body, headers=kind))
     assert pieces == []
     assert isinstance(outcome, Failure)
     assert "without a finish_reason" in outcome.reason
     assert len(server.calls) == 1
+
+
+def test_a_server_that_does_not_stream_answers_all_at_once():
+    pieces, outcome, _ = stream_one(lambda _, n: Say(completion("hi", finish_reason="length")))
+    assert pieces == ["hi"]
+    assert outcome == Reply("id", "hi", "length", Usage(7, 3))
+
+
+def test_events_under_another_name_are_read():
+    script = stream("Hel", "lo")
+    kind = {"Content-Type": "application/json"}
+    pieces, outcome, _ = stream_one(lambda _, n: Say(pieces=script, headers=kind))
+    assert pieces == ["Hel", "lo"]
+    assert outcome == Reply("id", "Hello", "stop", Usage(7, 3))
+
+
+def test_a_web_page_is_a_failure_that_shows_how_it_begins():
+    page = Say("<html>Welcome to nginx!</html>", headers={"Content-Type": "text/html"})
+    pieces, outcome, server = stream_one(lambda _, n: page)
+    assert pieces == []
+    assert "<html>Welcome to nginx!" in outcome.reason
+    assert len(server.calls) == 1
+
+
+def test_a_body_that_breaks_off_is_asked_for_again():
+    pieces, _, server = stream_one(lambda _, n: Say(completion("hi"), cut=n == 0))
+    assert pieces == ["hi"]
+    assert len(server.calls) == 2
+
+
+def test_an_end_in_no_known_way_says_how_much_was_shown():
+    script = stream("one ", "two", finish_reason="content_filter")
+    pieces, outcome, _ = stream_one(lambda _, n: Say(pieces=script))
+    assert pieces == ["one ", "two"]
+    assert outcome.reason.endswith("finish_reason 'content_filter', after 7 characters")
+
+
+def test_the_vendors_word_for_the_end_is_understood_and_usage_may_be_null():
+    last = event({"choices": [], "usage": {"prompt_tokens": None, "completion_tokens": None}})
+    script = [*stream("hi", finish_reason="eos_token", usage=None)[:-1], last, event("[DONE]")]
+    _, outcome, _ = stream_one(lambda _, n: Say(pieces=script))
+    assert outcome == Reply("id", "hi", "stop", Usage(0, 0))
+
+
+def test_where_a_loop_runs_already_an_answer_streams_beside_it():
+    async def notebook(answer):
+        return read(answer)
+
+    with FakeServer(lambda body, n: Say(pieces=stream("Hel", "lo"))) as server:
+        answer = Endpoint(server.url, "m").stream(request())
+        pieces, outcome = asyncio.run(notebook(answer))
+    assert pieces == ["Hel", "lo"]
+    assert outcome == Reply("id", "Hello", "stop", Usage(7, 3))
 
 
 def test_an_error_in_the_stream_is_a_failure_with_the_servers_words():

@@ -1,15 +1,17 @@
 """What goes to an OpenAI-compatible server, and what comes back: an answer, whole or in pieces.
 
 Usage is the server's own count.  Where it gives none, the ids that were sent and came back are
-counted; where there are no ids either it is 0, which no real prompt has: nothing is estimated.
+counted; where there are no ids either it is 0, which no real prompt has: nothing is estimated.  A
+count that is no number is none.
 """
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
-from pydantic import AfterValidator, BaseModel, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationError
 
 from starling.models.interfaces import Failure, Reply, Request, Usage
 
@@ -19,6 +21,14 @@ if TYPE_CHECKING:
 LONGEST_MESSAGE = 300
 EXTRAS = ("return_token_ids", "stream_options")
 """Fields that are only asked for; a server that refuses one is asked without it."""
+
+# Servers that pass on what their engine, or another vendor, calls the end.
+FINISH_REASONS: dict[str, str] = dict.fromkeys(
+    ("stop", "eos", "eos_token", "end_turn", "stop_sequence"), "stop"
+)
+FINISH_REASONS |= dict.fromkeys(("length", "max_tokens", "model_length"), "length")
+# Controls, marks that turn the direction of writing, and halves of surrogate pairs.
+UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -50,33 +60,57 @@ class _Choice(BaseModel):
     token_ids: tuple[int, ...] | None = None
 
 
+def _count(found: object) -> int:
+    return found if isinstance(found, int) and found > 0 else 0
+
+
+Count = Annotated[int, BeforeValidator(_count)]
+
+
 class _Usage(BaseModel):
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
+    prompt_tokens: Count = 0
+    completion_tokens: Count = 0
+
+
+def _counts(found: object) -> object:
+    return found if isinstance(found, dict) else None
 
 
 class Chunk(BaseModel):
     """One piece of a stream; the last one may hold no choice, only usage."""
 
     choices: list[_Choice] = []
-    usage: _Usage | None = None
+    usage: Annotated[_Usage | None, BeforeValidator(_counts)] = None
 
 
 class _Completion(Chunk):
     choices: list[_Choice] = Field(min_length=1)
 
 
+class _Model(BaseModel):
+    id: Annotated[WholeText, Field(min_length=1)]
+
+
+class _Models(BaseModel):
+    data: list[_Model]
+
+
 class Answer:
     """What has arrived of the answer to one request: all of it, or the pieces so far.
 
     `prompt_ids` and `codec` are there where the prompt went out as ids; the text then comes with
-    the space that the format puts before it, which is left out here.
+    the space that the format puts before it, which is left out here.  `secret` is never shown.
     """
 
     def __init__(
-        self, request: Request, prompt_ids: list[int], codec: "ChatCodec | None" = None
+        self,
+        request: Request,
+        prompt_ids: list[int],
+        codec: "ChatCodec | None" = None,
+        secret: str = "",
     ) -> None:
         self.id = request.id
+        self.secret = secret
         self.text = ""
         self.finish_reason: str | None = None
         self._max_tokens = request.sampling.max_tokens
@@ -96,7 +130,8 @@ class Answer:
         said = choice.message or choice.delta or _Said(content=choice.text)
         text = said.content or ""
         self._refusal += said.refusal or ""
-        self.finish_reason = choice.finish_reason or self.finish_reason
+        end = choice.finish_reason or self.finish_reason
+        self.finish_reason = FINISH_REASONS.get((end or "").lower(), end)
         self._ids += choice.token_ids or ()
         if text:
             # Ids of a part of the text would be taken for the whole.
@@ -108,19 +143,20 @@ class Answer:
     def outcome(self) -> Reply | Failure:
         """The reply that has arrived; a Failure where it is empty, refused or cut."""
         if self.finish_reason != "stop" and self.finish_reason != "length":
-            reason = f"the reply ended with finish_reason {self.finish_reason!r}"
-            return Failure(self.id, reason)
+            shown = clean(str(self.finish_reason), self.secret)
+            return Failure(self.id, f"the reply ended with finish_reason {shown!r}")
         if not self.text.strip():
             if self._refusal:
-                return Failure(self.id, f"the model refused: {clean(self._refusal)}")
+                return Failure(self.id, f"the model refused: {clean(self._refusal, self.secret)}")
             is_cut = self.finish_reason == "length"
             cut = f" (cut at {self._max_tokens} tokens)" if is_cut else ""
             return Failure(self.id, f"the reply is empty{cut}")
         ids = tuple(self._ids) if self._ids and self._has_ids else None
-        counted = self._usage or _Usage(
-            prompt_tokens=self._num_prompt_ids, completion_tokens=len(ids or ())
+        counted = self._usage or _Usage()
+        usage = Usage(
+            counted.prompt_tokens or self._num_prompt_ids,
+            counted.completion_tokens or len(ids or ()),
         )
-        usage = Usage(counted.prompt_tokens, counted.completion_tokens)
         return Reply(self.id, self.text, self.finish_reason, usage, ids)
 
 
@@ -145,11 +181,20 @@ def read_completion(answer: Answer, body: bytes) -> Reply | Failure:
     try:
         completion = _Completion.model_validate_json(body)
     except ValidationError as error:
-        shown = clean(body[:LONGEST_MESSAGE].decode(errors="backslashreplace"))
-        reason = f"the reply is no chat completion ({explained(error)}): {shown!r}"
+        shown = clean(body.decode(errors="backslashreplace"), answer.secret)
+        reason = f"the reply is no chat completion ({explained(error)}): '{shown}'"
         return Failure(answer.id, reason)
     answer.add(completion)
     return answer.outcome()
+
+
+def read_model_names(body: bytes, secret: str) -> list[str]:
+    """The names in a list of models; ValueError where it is none."""
+    try:
+        return [model.id for model in _Models.model_validate_json(body).data]
+    except ValidationError as error:
+        shown = clean(body.decode(errors="backslashreplace"), secret)
+        raise ValueError(f"{explained(error)}: '{shown}'") from error
 
 
 def explained(error: ValueError) -> str:
@@ -174,9 +219,10 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
     return max(0.0, wait_seconds) if math.isfinite(wait_seconds) else None
 
 
-def clean(message: str) -> str:
-    """A server's words on one line and of bearable length."""
-    line = " ".join(message.split())
+def clean(message: str, secret: str = "") -> str:
+    """A server's words on one bearable line, without `secret` and what a terminal obeys."""
+    line = " ".join((message.replace(secret, "***") if secret else message).split())
+    line = UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), line)
     return line if len(line) <= LONGEST_MESSAGE else line[:LONGEST_MESSAGE] + "..."
 
 

@@ -10,7 +10,8 @@ import asyncio
 import logging
 import os
 import sys
-from collections.abc import Awaitable, Callable, Generator, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import count, islice
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -22,6 +23,7 @@ from starling.models.completion import (
     Transient,
     clean,
     read_completion,
+    read_model_names,
     refused_extra,
     retry_after,
     settings,
@@ -42,6 +44,7 @@ Result = TypeVar("Result")
 FIRST_WAIT_SECONDS = 1.0
 LONGEST_WAIT_SECONDS = 300.0
 """A server that asks for more (a daily limit) is not waited for; the next run asks it again."""
+LISTING_SECONDS = 20.0
 CALLS_PER_CLIENT = 16
 """A client's work for one call grows with its connections, before openai 3 with their square."""
 
@@ -91,7 +94,7 @@ class Endpoint:
         calls: set[asyncio.Task[Reply | Failure]] = set()
         clients: list[AsyncOpenAI] = []
         ended: asyncio.Queue[asyncio.Task[Reply | Failure]] = asyncio.Queue()
-        runner = asyncio.Runner()
+        loop = Loop()
 
         def send(most: int) -> None:
             for request in islice(pending, most):
@@ -99,22 +102,22 @@ class Endpoint:
                     clients.append(self._open_client())
                 client = clients[next(turns) % len(clients)]
                 ask = self._persist(request, partial(self._ask, client, request))
-                call = runner.get_loop().create_task(ask)
+                call = loop.create_task(ask)
                 calls.add(call)
                 call.add_done_callback(ended.put_nowait)
 
         try:
             send(self._concurrency)
             while calls:
-                call = runner.run(ended.get())
+                call = ended.get_nowait() if ended.qsize() else loop.run(ended.get())
                 calls.remove(call)
                 # First yield, then send: what arrived is recorded before more is in flight.
                 yield call.result()
                 send(1)
         finally:
             if not sys.is_finalizing():  # an iterator left open until now cannot be waited for
-                runner.run(_shut_down(clients, calls))
-                runner.close()
+                loop.run(_shut_down(clients, calls))
+                loop.close()
 
     def stream(self, request: Request) -> Generator[str, None, Reply | Failure]:
         """Yield the text as it comes, and return the outcome; closing ends the call.
@@ -122,37 +125,62 @@ class Endpoint:
         Nothing is sent again once a text was yielded: an answer that then breaks is a Failure.
         The time limit is for each piece, since an answer of any length may still be coming.
         """
-        client, runner = self._open_client(), asyncio.Runner()
+        client, loop = self._open_client(), Loop()
         incoming: Incoming | None = None
         try:
-            begun = runner.run(self._persist(request, partial(self._begin, client, request)))
+            begun = loop.run(self._persist(request, partial(self._begin, client, request)))
             if isinstance(begun, Failure):
                 return begun
             incoming, piece = begun
             while isinstance(piece, str):
                 yield piece
-                piece = runner.run(incoming.next())
-            return (
-                piece if isinstance(piece, Reply) else Failure(request.id, self._hide(piece.reason))
-            )
+                piece = loop.run(incoming.next())
+            return piece if isinstance(piece, Reply) else Failure(request.id, piece.reason)
         finally:
             if not sys.is_finalizing():
-                runner.run(_shut_down([client], set(), incoming))
-                runner.close()
+                loop.run(_shut_down([client], set(), incoming))
+                loop.close()
+
+    def served_models(self) -> list[str]:
+        """The names of the models that the server lists."""
+        import openai
+
+        try:
+            with openai.OpenAI(**self._options(LISTING_SECONDS)) as client:
+                found = client.get("/models", cast_to=openai.HttpxBinaryResponseContent)
+            return read_model_names(found.content, self._api_key)
+        except openai.APIConnectionError as error:
+            raise InputError(
+                f"no server answers at {self.url}. Start it, or check the address."
+            ) from error
+        except openai.AuthenticationError as error:
+            said = f"{self.url} answered 401: {self._clean(error.message)}"
+            raise self._key_refused(said) from error
+        except (openai.OpenAIError, ValueError) as error:
+            raise InputError(
+                f"{self.url} does not say which models it serves ({self._clean(str(error))}). "
+                "Name the model with --served-model NAME, or check the address (it often ends in "
+                "/v1)."
+            ) from error
 
     def _open_client(self) -> "AsyncOpenAI":
         """A client that retries nothing and says nothing about who runs it but the key."""
-        from openai import AsyncOpenAI, Omit
+        from openai import AsyncOpenAI
+
+        return AsyncOpenAI(**self._options())
+
+    def _options(self, timeout: float | None = None) -> dict[str, Any]:
+        from openai import Omit
 
         # Read from the environment by the client, and no business of a server without a key.
         private = {"OpenAI-Organization": Omit(), "OpenAI-Project": Omit()}
-        return AsyncOpenAI(
-            api_key=self._api_key,
-            base_url=self.url,
-            max_retries=0,
-            timeout=None,
-            default_headers={} if self._api_key_env else private,  # type: ignore[arg-type]
-        )
+        return {
+            "api_key": self._api_key,
+            "base_url": self.url,
+            "max_retries": 0,
+            "timeout": timeout,
+            "default_headers": {} if self._api_key_env else private,
+        }
 
     async def _persist(
         self, request: Request, attempt: Callable[[], Awaitable[Result | Transient]]
@@ -220,7 +248,8 @@ class Endpoint:
             except (TimeoutError, openai.APITimeoutError):
                 return Transient(f"no reply within {self._timeout_seconds:g} s")
             except openai.APIConnectionError as error:
-                return Transient(f"the connection broke: {clean(str(error.__cause__ or error))}")
+                said = self._clean(str(error.__cause__ or error))
+                return Transient(f"the connection broke: {said}")
             except openai.APIStatusError as error:
                 refused = refused_extra(body, error.status_code, error.message)
                 if refused is None:
@@ -239,24 +268,20 @@ class Endpoint:
         return {"prompt": encoded.ids, "return_token_ids": True}
 
     def _answer(self, request: Request, prompt: dict) -> Answer:
-        return Answer(request, prompt.get("prompt", []), self._codec)
+        return Answer(request, prompt.get("prompt", []), self._codec, self._api_key)
 
-    def _hide(self, message: str) -> str:
-        return message.replace(self._api_key, "***")
+    def _clean(self, message: str) -> str:
+        return clean(message, self._api_key)
 
     def _read_refusal(self, request: Request, error: "APIStatusError") -> Failure | Transient:
         status = error.status_code
-        said = self._hide(f"{self.url} answered {status}: {clean(error.message)}")
+        said = f"{self.url} answered {status}: {self._clean(error.message)}"
         if error.code == "unsupported_parameter" and error.param == "max_tokens":
             # OpenAI's reasoning models want the limit under its newer name.
             self._limit_name = "max_completion_tokens"
             return Transient(said, wait_seconds=0.0)
         if status == 401:
-            name = self._api_key_env
-            advice = f"Put a valid key into the environment variable {name}."
-            if name is None:
-                advice = "Name the environment variable that holds a key in api_key_env."
-            raise InputError(f"the key was refused. {said}. {advice}")
+            raise self._key_refused(said)
         if status == 404:
             raise InputError(
                 f"there is no model {self.model!r}, or nothing that takes {self._route}. "
@@ -268,6 +293,13 @@ class Endpoint:
             return Transient(said, retry_after(error.response.headers))
         return Failure(request.id, said)
 
+    def _key_refused(self, said: str) -> InputError:
+        name = self._api_key_env
+        advice = f"Put a valid key into the environment variable {name}."
+        if name is None:
+            advice = "Name the environment variable that holds a key in api_key_env."
+        return InputError(f"the key was refused. {said}. {advice}")
+
 
 def connect(section: EndpointSection, model: str) -> Endpoint:
     """The endpoint of a recipe's section."""
@@ -275,7 +307,7 @@ def connect(section: EndpointSection, model: str) -> Endpoint:
     codec = None
     if section.tokenizer is not None:
         # Imports torch, which an endpoint that takes messages does without.
-        from starling.models.loading import find_codec
+        from starling.models.codec import find_codec
 
         codec = find_codec(section.tokenizer, section.chat_format)
     return Endpoint(
@@ -286,6 +318,37 @@ def connect(section: EndpointSection, model: str) -> Endpoint:
         concurrency=section.concurrency,
         timeout_seconds=section.timeout_seconds,
     )
+
+
+class Loop:
+    """An event loop for plain code; beside a loop that runs already (a notebook's), in a thread."""
+
+    def __init__(self) -> None:
+        self._runner = asyncio.Runner()
+        self._loop = self._drive(self._runner.get_loop)
+        self.create_task = self._loop.create_task
+
+    def run(self, work: Coroutine[Any, Any, Result]) -> Result:
+        return self._drive(self._runner.run, work)  # type: ignore[return-value]
+
+    def close(self) -> None:
+        self._drive(self._runner.close)
+
+    def _drive(self, step: Callable[..., Result], *given: Any) -> Result:
+        try:
+            asyncio.get_running_loop()
+        except RuntimeError:
+            return step(*given)
+        with ThreadPoolExecutor(1) as beside:
+            try:
+                return beside.submit(step, *given).result()
+            except KeyboardInterrupt:  # comes here, and the thread would be waited for
+                self._loop.call_soon_threadsafe(self._cancel)
+                raise
+
+    def _cancel(self) -> None:
+        for task in asyncio.all_tasks(self._loop):
+            task.cancel()
 
 
 async def _shut_down(

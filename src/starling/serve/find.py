@@ -1,11 +1,11 @@
 """What a name that was typed means: which model, which chat codec, which mode."""
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from starling.base.errors import DataError, InputError, some
 from starling.base.files import neighbours
+from starling.models.completion import clean
 from starling.models.endpoint import Endpoint
 
 if TYPE_CHECKING:
@@ -45,21 +45,11 @@ def find_mode(codec: "ChatCodec", wanted: str | None) -> str | None:
 
 def only_served_model(url: str, api_key_env: str | None) -> str:
     """The name of the one model that a server serves; InputError with the names of several."""
-    import openai
-
-    Endpoint(url, "", api_key_env=api_key_env)  # it says so when the key is not set
-    key = os.environ[api_key_env] if api_key_env else "no-key-needed"
-    client = openai.OpenAI(base_url=url, api_key=key.strip(), max_retries=0, timeout=20)
-    advice = "Name the model with --served-model NAME, or check the address (it often ends in /v1)."
-    try:
-        served = [model.id for model in client.models.list().data or ()]
-    except openai.APIConnectionError as error:
-        raise InputError(f"no server answers at {url}. Start it, or check the address.") from error
-    except (openai.OpenAIError, AttributeError) as error:
-        raise InputError(
-            f"{url} does not say which models it serves ({error}). {advice}"
-        ) from error
+    served = Endpoint(url, "", api_key_env=api_key_env).served_models()
     if len(served) != 1:
-        names = some(sorted(served), 20) or "none"
-        raise InputError(f"{url} serves {len(served)} models: {names}. {advice}")
+        names = some(sorted(map(clean, served)), 20) or "none"
+        raise InputError(
+            f"{url} serves {len(served)} models: {names}. Name the model with --served-model NAME, "
+            "or check the address (it often ends in /v1)."
+        )
     return served[0]
