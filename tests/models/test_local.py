@@ -13,6 +13,7 @@ from starling.data.records import Message
 from starling.models.causal_lm import load_language_model
 from starling.models.interfaces import Request, Responder, Sample, Sampling, StreamingResponder
 from starling.models.local import Local, load_local, trim_turns
+from streams import drain
 from tiny import tiny_policy, tiny_policy_folder
 
 QUESTION = "What is the answer?"
@@ -126,15 +127,6 @@ def byte_ids(codec, byte):
     alphabet = bytes_to_unicode()
     [token] = [codec.tokenizer.saved.convert_tokens_to_ids(alphabet[byte])]
     return [token]
-
-
-def drain(pieces):
-    got = []
-    while True:
-        try:
-            got.append(next(pieces))
-        except StopIteration as end:
-            return got, end.value
 
 
 @given(text=st.text(max_size=30))

@@ -20,6 +20,7 @@ from starling.data.records import Message
 from starling.models.local import load_local
 from starling.serve.find import resolve_model
 from starling.serve.session import read_messages
+from streams import drain
 from tiny import tiny_policy_folder, tiny_reward_folder
 
 HISTORY = [
@@ -40,16 +41,6 @@ def generated(folder, written, max_tokens=8):
     output = model.generate(**inputs, do_sample=False, max_new_tokens=max_tokens)[0]
     new = output[inputs.input_ids.shape[1] :]
     return tokenizer.decode(new, skip_special_tokens=True).removeprefix(" ")
-
-
-def drain(pieces):
-    """All pieces of a stream, and what it returns."""
-    got = []
-    while True:
-        try:
-            got.append(next(pieces))
-        except StopIteration as end:
-            return got, end.value
 
 
 def test_a_reply_is_what_transformers_generates_for_the_written_conversation(policy_folder):

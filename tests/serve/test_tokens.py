@@ -295,15 +295,21 @@ def test_no_file_can_make_a_marker(tokens):
         assert visible(attack) in found["text"]
 
 
-def test_nothing_typed_in_a_chat_can_make_a_marker(policy_folder, monkeypatch, capfd):
-    asked = []
+@pytest.fixture
+def asked(monkeypatch):
+    """The prompts that reach the engine, which answers each with an end marker."""
+    prompts = []
 
     def stream(self, request):
-        asked.append(request.prompt_ids)
+        prompts.append(request.prompt_ids)
         yield 3
         return Sample(request.id, (3,), (0.0,), "stop", 0)
 
     monkeypatch.setattr(TorchEngine, "stream", stream)
+    return prompts
+
+
+def test_nothing_typed_in_a_chat_can_make_a_marker(policy_folder, asked, monkeypatch, capfd):
     typed = [attack.replace("\n", " ") for attack in ATTACKS]
     lines = [line for attack in typed for line in (f"/system {attack}", f" {attack}", "/new")]
     monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
@@ -312,15 +318,7 @@ def test_nothing_typed_in_a_chat_can_make_a_marker(policy_folder, monkeypatch, c
     assert all(controls(TINY, ids) == [1, 3, 3] for ids in asked)
 
 
-def test_nothing_in_a_pythons_messages_can_make_a_marker(policy_folder, monkeypatch):
-    asked = []
-
-    def stream(self, request):
-        asked.append(request.prompt_ids)
-        yield 3
-        return Sample(request.id, (3,), (0.0,), "stop", 0)
-
-    monkeypatch.setattr(TorchEngine, "stream", stream)
+def test_nothing_in_a_pythons_messages_can_make_a_marker(policy_folder, asked):
     talk = Chat(str(policy_folder), max_tokens=2)
     for attack in ATTACKS:
         said = {"content": attack}

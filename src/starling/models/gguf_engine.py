@@ -25,7 +25,13 @@ from starling.base.hashing import hash_file, hash_json
 from starling.base.seeding import derive_seed
 from starling.data.chat import FORMATS, ChatCodec, build_codec
 from starling.data.gguf import gguf_tokenizer, read_metadata, stop_ids
-from starling.models.interfaces import GenerationRequest, Request, Sample, Sampling
+from starling.models.interfaces import (
+    GenerationRequest,
+    Request,
+    Sample,
+    Sampling,
+    returned,
+)
 from starling.models.loading import check_template, guess_format
 from starling.models.local import Local
 
@@ -70,7 +76,7 @@ class GgufEngine:
         pending = [self._admit(request) for request in requests]
         with ThreadPoolExecutor(SLOTS) as pool:
             running = [
-                pool.submit(_last, self._decode(request, index))
+                pool.submit(returned, self._decode(request, index))
                 for request in pending
                 for index in range(request.num_samples)
             ]
@@ -178,14 +184,6 @@ class GgufEngine:
                 self._free[slot] = prompt
                 self._room += needed
                 self._changed.notify_all()
-
-
-def _last(tokens: Generator[int, None, Sample]) -> Sample:
-    while True:
-        try:
-            next(tokens)
-        except StopIteration as end:
-            return end.value
 
 
 class _Quantised(Local):

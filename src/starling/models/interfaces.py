@@ -7,7 +7,7 @@ says why there are two.
 
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, runtime_checkable
 
 from starling.data.records import FinishReason, Message
 
@@ -149,3 +149,15 @@ class StreamingResponder(Responder, Protocol):
         Closing the generator stops the answer.
         """
         ...
+
+
+Outcome = TypeVar("Outcome")
+
+
+def returned(stream: Generator[Any, None, Outcome]) -> Outcome:
+    """What a stream returns, its pieces passed over."""
+    while True:
+        try:
+            next(stream)
+        except StopIteration as end:
+            return end.value

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def resolve_model(reference: str) -> str:
-    """A run folder's newest model; anything else stands for itself."""
+    """A run folder's ppo model, else its sft model; anything else stands for itself."""
     run = Path(reference)
     is_file_name = reference.endswith(".gguf")
     if not run.exists() and (is_file_name or (run.parent != Path() and run.parent.is_dir())):

@@ -20,7 +20,14 @@ from starling.base.seeding import derive_seed
 from starling.data.records import Conversation, Message, Prompt
 from starling.models.config import EndpointSection
 from starling.models.endpoint import Endpoint
-from starling.models.interfaces import Failure, Reply, Request, Sampling, StreamingResponder
+from starling.models.interfaces import (
+    Failure,
+    Reply,
+    Request,
+    Sampling,
+    StreamingResponder,
+    returned,
+)
 from starling.serve.find import find_mode, only_served_model, resolve_model
 
 if TYPE_CHECKING:
@@ -93,12 +100,7 @@ class Chat:
         Raises DataError for messages that are none, for a conversation that cannot fit, and when a
         server fails.
         """
-        stream = self.stream(messages, mode=mode)
-        while True:
-            try:
-                next(stream)
-            except StopIteration as end:
-                return end.value.text
+        return returned(self.stream(messages, mode=mode)).text
 
     def stream(self, messages: object, *, mode: str | None = None) -> Generator[str, None, Reply]:
         """Yield the answer piece by piece, best-of-n all at once, and return the whole reply.
