@@ -2,11 +2,11 @@
 
     python benchmarks/endpoint.py [--in-flight 32 128] [--rounds 3] [--seconds 4]
 
-Raced, interleaved, against one asyncio server in a process of its own: `Endpoint`; the same with
-one client for all calls; and what stood to choose otherwise: the client's own `create` on one
-client or on one per 16 calls, and its aiohttp transport (extra `openai[aiohttp]`).  The rate is
-taken in a window after a warm-up; possible are N calls per 200 ms.  Prints JSON: share of the
-possible rate (median, least, most over the rounds) and CPU milliseconds of this process per call.
+Raced, interleaved, against one asyncio server in a process of its own: `Endpoint`; the same on the
+client's own transport, with one client for all calls or one per 16; and what else stood to choose:
+the client's own `create`, on either transport.  The rate is taken in a window after a warm-up;
+possible are N calls per 200 ms.  Prints JSON: share of the possible rate (median, least, most over
+the rounds) and CPU milliseconds of this process per call.
 
 Recorded results: endpoint.md beside this file.
 """
@@ -75,7 +75,14 @@ async def serve() -> None:
     await server.serve_forever()
 
 
-def with_endpoint(calls_per_client: int) -> Ask:
+class OwnTransport(Endpoint):
+    """On the transport that the client has by itself."""
+
+    def _open_client(self) -> openai.AsyncOpenAI:
+        return openai.AsyncOpenAI(**self._options())
+
+
+def with_endpoint(kind: type[Endpoint], calls_per_client: int) -> Ask:
     """Through `Endpoint.respond`."""
 
     def ask(url: str, in_flight: int, end: float) -> list[Stamp]:
@@ -86,7 +93,7 @@ def with_endpoint(calls_per_client: int) -> Ask:
 
         endpoint_module.CALLS_PER_CLIENT = calls_per_client
         stamps = []
-        for outcome in Endpoint(url, "m", concurrency=in_flight).respond(requests()):
+        for outcome in kind(url, "m", concurrency=in_flight).respond(requests()):
             assert isinstance(outcome, Reply), outcome
             stamps.append((time.perf_counter(), time.process_time()))
         return stamps
@@ -146,17 +153,12 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=4.0)
     options = parser.parse_args()
     ways = {
-        "Endpoint": with_endpoint(endpoint_module.CALLS_PER_CLIENT),
-        "Endpoint, one client": with_endpoint(UNLIMITED),
+        "Endpoint": with_endpoint(Endpoint, endpoint_module.CALLS_PER_CLIENT),
+        "Endpoint, own transport, one client": with_endpoint(OwnTransport, UNLIMITED),
+        "Endpoint, own transport, 16 calls a client": with_endpoint(OwnTransport, 16),
         "create, one client": with_create(UNLIMITED),
-        "create, 16 calls a client": with_create(16),
+        "create, aiohttp": with_create(UNLIMITED, openai.DefaultAioHttpClient),
     }
-    try:
-        import aiohttp  # noqa: F401
-
-        ways["create, aiohttp"] = with_create(UNLIMITED, openai.DefaultAioHttpClient)
-    except ImportError:
-        print("aiohttp is not installed; its transport is left out", file=sys.stderr)
     command = [sys.executable, __file__, "serve"]
     results: dict[str, object] = {"openai": openai.VERSION, "python": platform.python_version()}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:

@@ -14,7 +14,7 @@ from starling import pipeline
 from starling.base.errors import DataError, InputError, Stopped
 from starling.base.stage import Summary
 from starling.inputs import Paths, hash_inputs, resolve_feedback
-from starling.recipe import STAGES, Recipe, validate_recipe
+from starling.recipe import STAGES, Recipe, RunSection, validate_recipe
 
 TREE = {
     "sft": {"conversations": "data/sft.jsonl", "architecture": {}},
@@ -77,6 +77,9 @@ class World:
         path.parent.mkdir(exist_ok=True)
         hashes = {key: entry["sha256"] for key, entry in pipeline.hash_inputs(inputs).items()}
         path.write_text(f"{section}{context.seed}{hashes}", encoding="utf-8")
+        if name == "feedback":
+            (out / "prompts.jsonl").write_bytes(inputs.prompts[0].read_bytes())
+            context.spending.charge("judge", calls=3, prompt_tokens=20, response_tokens=10)
         return Summary(f"made {name}", {"size": len(str(section))})
 
     def manifest(self, stage: str) -> dict:
@@ -120,7 +123,9 @@ def test_each_stage_reads_what_the_one_before_it_wrote(world):
     assert world.inputs["reward"].rankings == run / "feedback" / "rankings.jsonl"
     assert world.inputs["reward"].base == str(run / "sft" / "model")
     assert world.inputs["ppo"].policy == str(run / "sft" / "model")
-    assert world.inputs["ppo"].prompts == world.folder / "data" / "prompts.jsonl"
+    assert world.inputs["feedback"].prompts == (world.folder / "data" / "prompts.jsonl",)
+    assert world.inputs["feedback"].benchmarks == (world.folder / "data" / "bench.jsonl",)
+    assert world.inputs["ppo"].prompts == run / "feedback" / "prompts.jsonl"
     assert world.inputs["ppo"].reward_model == str(run / "reward" / "model")
     assert world.inputs["bench"].baseline == str(run / "sft" / "model")
     assert world.inputs["bench"].policy == str(run / "ppo" / "model")
@@ -132,7 +137,7 @@ def test_a_path_is_looked_up_in_the_run_folder_first(world):
     inner.parent.mkdir(parents=True)
     inner.write_text("nearer\n", encoding="utf-8")
     world.run()
-    assert world.inputs["feedback"].prompts == inner
+    assert world.inputs["feedback"].prompts == (inner,)
 
 
 def test_a_changed_section_runs_its_stage_and_those_whose_inputs_it_changes(world):
@@ -150,6 +155,7 @@ def test_a_stage_made_again_with_the_same_bytes_leaves_later_ones_fresh(world):
 
 
 def test_a_changed_input_file_runs_the_stages_that_read_it(world):
+    world.tree["feedback"]["prepare"] = {"decontaminate": []}
     world.run()
     (world.folder / "data" / "bench.jsonl").write_text("other\n", encoding="utf-8")
     assert world.run() == ["bench"]
@@ -221,7 +227,7 @@ def test_a_stale_stage_is_cleared_but_paid_replies_and_other_peoples_files_stay(
     assert (feedback / "notes.txt").read_text(encoding="utf-8") == "mine"
     assert (feedback / "calls.sqlite").read_text(encoding="utf-8") == "mine"
     assert "also holds notes.txt" in caplog.text
-    assert list(world.manifest("feedback")["outputs"]) == ["rankings.jsonl"]
+    assert list(world.manifest("feedback")["outputs"]) == ["prompts.jsonl", "rankings.jsonl"]
 
 
 def test_a_kill_while_clearing_leaves_a_folder_that_is_cleared_again(world):
@@ -362,7 +368,8 @@ def test_the_run_folder_keeps_the_resolved_recipe_without_run_settings(world):
     world.run()
     kept = yaml.safe_load((world.out / "recipe.yaml").read_text(encoding="utf-8"))
     assert kept["ppo"]["kl_coef"] == 0.05
-    assert kept["run"] == {"device": None, "out": None}
+    assert kept["run"] == RunSection().model_dump()
+    assert kept["run"]["device"] is None
 
 
 def test_a_folder_of_another_seed_is_refused_and_left_as_it_is(world):
@@ -417,7 +424,8 @@ def test_a_servers_tokenizer_is_found_beside_the_recipe_and_a_changed_one_makes_
     tree["judge"] = {"kind": "endpoint", "model": "m", **url}
     recipe = validate_recipe(tree, "mine")
     (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "prompts.jsonl").write_text("\n", encoding="utf-8")
+    for name in ("prompts", "bench"):
+        (tmp_path / "data" / f"{name}.jsonl").write_text("\n", encoding="utf-8")
     paths = Paths(tmp_path / "run", tmp_path)
     found = resolve_feedback(recipe.feedback, recipe, paths)
     assert [found.candidates[0].tokenizer, found.judge.tokenizer] == [str(folder)] * 2
@@ -433,7 +441,8 @@ def test_a_servers_tokenizer_that_is_nowhere_is_refused_and_openchat_is_always_t
     tree = json.loads(json.dumps(TREE))
     tree["judge"] = {"kind": "endpoint", "url": "http://h/v1", "model": "m", "tokenizer": "tok"}
     (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "prompts.jsonl").write_text("\n", encoding="utf-8")
+    for name in ("prompts", "bench"):
+        (tmp_path / "data" / f"{name}.jsonl").write_text("\n", encoding="utf-8")
     paths = Paths(tmp_path / "run", tmp_path, pending=("sft",))
     recipe = validate_recipe(tree, "mine")
     with pytest.raises(DataError, match=r"judge\.tokenizer: there is no model folder 'tok'"):
@@ -441,3 +450,25 @@ def test_a_servers_tokenizer_that_is_nowhere_is_refused_and_openchat_is_always_t
     tree["judge"]["tokenizer"] = "openchat"
     recipe = validate_recipe(tree, "mine")
     assert resolve_feedback(recipe.feedback, recipe, paths).judge.tokenizer == "openchat"
+
+
+def test_what_a_stage_cost_stands_in_its_manifest_and_counts_when_it_is_not_run_again(
+    world, monkeypatch
+):
+    world.tree["run"] = {"prices": {"judge": {"input": 1.0, "output": 2.0}}}
+    world.run()
+    spent = {"calls": 3, "prompt_tokens": 20, "response_tokens": 10, "usd": 4e-05}
+    assert world.manifest("feedback")["spending"] == {"judge": spent}
+    assert world.manifest("reward")["spending"] == {}
+    seen = []
+    monkeypatch.setattr(World, "stage", lambda self, name, s, i, o, c: seen.append(c) or stop())
+
+    def stop():
+        raise DataError("enough")
+
+    for path in (world.out / "bench").iterdir():
+        path.unlink()
+    for only in (None, "bench"):
+        with pytest.raises(DataError, match="enough"):
+            world.run(only=only)
+        assert seen.pop().spending.totals() == {"judge": spent}

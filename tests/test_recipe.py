@@ -120,7 +120,10 @@ def test_a_misspelt_section_is_refused_with_the_nearest(tmp_path):
 
 def test_a_key_near_to_nothing_is_refused_with_what_is_allowed_there(tmp_path):
     lines = refusal(tmp_path, with_change("run", value={"xyzzy": None}))
-    assert lines[1:] == ["run.xyzzy: there is no such key (found null); allowed here: device, out"]
+    assert lines[1:] == [
+        "run.xyzzy: there is no such key (found null); allowed here: "
+        "device, out, prices, max_usd, max_calls, max_tokens"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -240,12 +243,18 @@ def test_a_stage_without_what_it_needs_is_refused_with_what_to_name(tmp_path, te
 
 
 def test_a_number_of_answers_that_cannot_be_ranked_is_refused(tmp_path):
-    for answers in (1, 27):
-        candidate = {"name": "a", "model": "m", "answers": answers}
-        lines = refusal(tmp_path, with_change("feedback", "candidates", value=[candidate]))
-        assert lines[1:] == [
-            f"feedback.candidates: {answers} answer(s) per prompt; a ranking needs 2 to 26"
-        ]
+    candidate = {"name": "a", "model": "m", "answers": 27}
+    lines = refusal(tmp_path, with_change("feedback", "candidates", value=[candidate]))
+    assert lines[1:] == ["feedback.candidates: 27 answers per prompt; at most 26"]
+
+
+def test_a_cap_on_money_wants_the_price_of_every_endpoint(tmp_path):
+    tree = yaml.safe_load(with_change("judge", value={"url": "http://h/v1", "model": "gpt"}))
+    tree["run"] = {"max_usd": 1.0, "prices": {"other": {"input": 1, "output": 2}}}
+    [_, line] = refusal(tmp_path, yaml.safe_dump(tree))
+    assert line.startswith("run.prices: has none for 'gpt'")
+    tree["run"]["prices"]["gpt"] = {"input": 0, "output": 0}
+    assert validate_recipe(tree, "mine").run.max_usd == 1.0
 
 
 def test_two_candidates_of_one_name_are_refused(tmp_path):
@@ -353,7 +362,7 @@ READERS = {
     "reward": ("reward", "inputs.py"),
     "ppo": ("ppo", "inputs.py"),
     "bench": ("bench", "inputs.py"),
-    "run": ("pipeline.py", "cli.py"),
+    "run": ("pipeline.py", "cli.py", "base/spending.py"),
 }
 """Where the fields of each section may be read, configuration itself left out."""
 

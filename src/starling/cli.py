@@ -135,6 +135,7 @@ def _run(verb: str, arguments: list[str]) -> None:
         *,
         out: str | None = None,
         print_recipe: bool = False,
+        plan: bool = False,
     ) -> None:
         """Run a recipe, with any of its settings replaced.
 
@@ -142,13 +143,20 @@ def _run(verb: str, arguments: list[str]) -> None:
             recipe: The settings, a group for each section.
             out: Run folder, in place of run.out.
             print_recipe: Only print the recipe with every default filled in.
+            plan: Only say which calls it would make, and what they cost at most.
         """
         checked = validate_recipe(recipe.model_dump(mode="json"), source)
         if print_recipe:
             print(dump_recipe(checked), end="")
             return
         folder = Path(out or checked.run.out or f"runs/{loaded.name}")
-        run_pipeline(checked, loaded.folder, out=folder, only=None if verb == "run" else verb)
+        only = None if verb == "run" else verb
+        if plan:
+            from starling.plan import make_plan
+
+            print(make_plan(checked, loaded.folder, folder, only=only))
+            return
+        run_pipeline(checked, loaded.folder, out=folder, only=only)
         if verb == "run":
             _write_report(folder)
         print(f"Figures:  {folder / 'summary.json'}")
@@ -219,6 +227,62 @@ def _tokens(verb: str, arguments: list[str]) -> None:
     parse_options(show, verb, arguments)
 
 
+def _audit(file: Path, *, out: Path | None = None) -> None:
+    """Say what decides the rankings of a file beside the answers: place, length, model, tricks.
+
+    Args:
+        file: Rankings, JSONL or Nectar's parquet; judgments.jsonl beside it is read too.
+        out: Also write the audit here, as JSON.
+    """
+    from starling.base.jsonl import write_json
+    from starling.feedback.audit import as_text, audit_file
+
+    found = audit_file(file)
+    if out is not None:
+        write_json(out, found)
+    print(as_text(found))
+
+
+def _pairs(
+    file: Path,
+    *,
+    out: Path = Path("pairs.jsonl"),
+    kind: Literal["all", "adjacent", "best-versus-rest", "sampled"] = "all",
+    per_prompt: int = 1,
+    seed: int = 0,
+) -> None:
+    """Write a file's rankings as pairs, for programs that know nothing else.
+
+    Args:
+        file: Rankings, JSONL or Nectar's parquet.
+        out: Pairs, JSONL: {"prompt", "chosen", "rejected"}, each a list of messages.
+        kind: Which pairs of a ranking; ties make none.
+        per_prompt: How many of them, of kind sampled.
+        seed: Of the sampling.
+    """
+    from starling.data.pairs import export_pairs
+
+    counts = export_pairs(file, out, kind=kind, per_prompt=per_prompt, seed=seed)
+    print(f"{counts['pairs']} pairs of {counts['rankings']} rankings -> {out}")
+
+
+def _nectar(source: str, target: Path, *, sample: int | None = None, seed: int = 0) -> None:
+    """Copy rankings from one file to another in the columns of Nectar: JSONL or parquet.
+
+    Args:
+        source: A file of rankings, or hf://datasets/berkeley-nest/Nectar/data/rlaif.parquet.
+        target: Ends in .jsonl or .parquet.
+        sample: Only so many, drawn from the whole file: Nectar stands in alphabetical order.
+        seed: Of the drawing.
+    """
+    from starling.data.nectar import convert
+    from starling.data.rows import HUB_DATA, fetch
+
+    file = fetch(source) if source.startswith(HUB_DATA) else Path(source)
+    number = convert(file, target, sample=sample, seed=seed)
+    print(f"{number} rankings -> {target}")
+
+
 def _report(run: Path) -> None:
     """Write report.html of a run again.
 
@@ -237,6 +301,9 @@ COMMANDS = {
     "reward": Command("RECIPE", "only stage 2: rankings -> reward model", _run),
     "ppo": Command("RECIPE", "only stage 3: policy against reward model", _run),
     "bench": Command("RECIPE", "only stage 4: the policy against the one it started from", _run),
+    "audit": Command("FILE [--out JSON]", "what decides rankings beside the answers", _audit),
+    "pairs": Command("FILE [--kind KIND]", "rankings as pairs, for other programs", _pairs),
+    "nectar": Command("FROM TO", "rankings in Nectar's columns, JSONL or parquet", _nectar),
     "chat": Command("MODEL", "talk to a run's policy, a folder, a .gguf file or a URL", _chat),
     "tokens": Command("[MODEL] [--file FILE]", "what a model reads: text, ids and mask", _tokens),
     "report": Command("RUN", "write a run's report.html again", _report),

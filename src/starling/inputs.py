@@ -14,6 +14,7 @@ from starling.base.errors import DataError
 from starling.base.files import neighbours
 from starling.base.hashing import hash_file, hash_json, hash_tree
 from starling.bench.config import BenchInputs, BenchSection
+from starling.data.rows import HUB_DATA, fetch
 from starling.feedback.config import Candidate, FeedbackInputs, FeedbackSection
 from starling.judging.config import JudgeSection
 from starling.manifest import MANIFEST
@@ -44,6 +45,10 @@ class Paths:
         if found is None:
             raise self._missing(key, value, "file")
         return found
+
+    def rows(self, key: str, value: str) -> Path:
+        """The file that `key` names, or that of a data set on the hub, fetched."""
+        return fetch(value) if value.startswith(HUB_DATA) else self.file(key, value)
 
     def model(self, key: str, value: str) -> str:
         """The model folder that `key` names, or `value` itself where it is a hub id."""
@@ -90,8 +95,14 @@ def resolve_sft(section: SftSection, _recipe: Recipe, paths: Paths) -> SftInputs
 
 
 def resolve_feedback(section: FeedbackSection, recipe: Recipe, paths: Paths) -> FeedbackInputs:
+    named = section.prompts if isinstance(section.prompts, tuple) else (section.prompts,)
+    key, benchmarks = "feedback.prepare.decontaminate", section.prepare.decontaminate
+    if benchmarks is None:
+        key = "bench.questions"
+        benchmarks = () if recipe.bench is None else (recipe.bench.questions,)
     return FeedbackInputs(
-        prompts=paths.file("feedback.prompts", section.prompts),
+        prompts=tuple(paths.rows("feedback.prompts", name) for name in named),
+        benchmarks=tuple(paths.rows(key, name) for name in benchmarks),
         candidates=tuple(
             _resolved(candidate, f"feedback.candidates.{number}", paths)
             for number, candidate in enumerate(section.candidates)
@@ -102,17 +113,17 @@ def resolve_feedback(section: FeedbackSection, recipe: Recipe, paths: Paths) -> 
 
 def resolve_reward(section: RewardSection, recipe: Recipe, paths: Paths) -> RewardInputs:
     return RewardInputs(
-        rankings=paths.file("reward.rankings", section.rankings or "feedback/rankings.jsonl"),
+        rankings=paths.rows("reward.rankings", section.rankings or "feedback/rankings.jsonl"),
         base=paths.model("reward.base", section.base or _starting_policy(recipe)),
     )
 
 
 def resolve_ppo(section: PpoSection, recipe: Recipe, paths: Paths) -> PpoInputs:
-    prompts = section.prompts or (recipe.feedback.prompts if recipe.feedback is not None else "")
+    prompts = section.prompts or "feedback/prompts.jsonl"
     validation = section.validation
     return PpoInputs(
         policy=paths.model("ppo.policy", section.policy or _starting_policy(recipe)),
-        prompts=paths.file("ppo.prompts", prompts),
+        prompts=paths.rows("ppo.prompts", prompts),
         reward_model=paths.model("ppo.reward_model", section.reward_model or "reward/model"),
         validation=paths.file("ppo.validation", validation) if validation is not None else None,
         judge=_judge(recipe, paths),

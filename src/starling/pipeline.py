@@ -20,6 +20,7 @@ from starling.base.errors import DataError, InputError
 from starling.base.files import write_atomically
 from starling.base.hashing import hash_json
 from starling.base.jsonl import write_json
+from starling.base.spending import Spending
 from starling.inputs import (
     Paths,
     hash_inputs,
@@ -49,7 +50,7 @@ class Stage:
 
 PIPELINE = (
     Stage("sft", 1, "starling.sft.train", resolve_sft),
-    Stage("feedback", 1, "starling.feedback.run", resolve_feedback),
+    Stage("feedback", 2, "starling.feedback.run", resolve_feedback),
     Stage("reward", 1, "starling.reward.train", resolve_reward),
     Stage("ppo", 1, "starling.ppo.train", resolve_ppo),
     Stage("bench", 1, "starling.bench.run", resolve_bench),
@@ -86,13 +87,20 @@ def run_pipeline(
         _keep_recipe(recipe, out)
         if prepare is not None:
             prepare()
-        names = [stage.name for stage in stages]
-        paths = Paths(out.resolve(), recipe_folder.resolve())
-        kept = () if recipe.sft is None else recipe.sft.keep
-        models = ("model", *(f"model-{step}" for step in kept))
-        pending = replace(paths, pending=names, sft_models=models)
+        pending, names = pending_paths(recipe, recipe_folder, out, only)
+        paths = replace(pending, pending=())
         for stage in stages:
             stage.resolve(getattr(recipe, stage.name), recipe, pending)
+        caps = recipe.run
+        spending = Spending(
+            caps.prices,
+            max_usd=caps.max_usd,
+            max_calls=caps.max_calls,
+            max_tokens=caps.max_tokens,
+        )
+        for stage in PIPELINE:
+            if stage not in stages:
+                _charge(spending, out / stage.name)
         context = None
         for stage in stages:
             job = _job(stage, recipe, paths, out)
@@ -100,14 +108,34 @@ def run_pipeline(
             if state is State.FRESH:
                 logger.info("%s: nothing changed since %s was made", stage.name, job.out)
                 tidy(job.out)
+                _charge(spending, job.out)
                 continue
             context = context or single_process_context(
-                recipe.threads, recipe.run.device, seed=recipe.seed
+                recipe.threads, recipe.run.device, seed=recipe.seed, spending=spending
             )
             _run(job, state, context)
         summary = _summarise(recipe, paths, out, done=names)
         write_json(out / "summary.json", summary)
     return summary
+
+
+def pending_paths(
+    recipe: Recipe, folder: Path, out: Path, only: str | None = None
+) -> tuple[Paths, list[str]]:
+    """Where files are looked up before the stages, whose names come too, have made theirs."""
+    names = [stage.name for stage in _chosen_stages(recipe, only)]
+    kept = () if recipe.sft is None else recipe.sft.keep
+    models = ("model", *(f"model-{step}" for step in kept))
+    return Paths(out.resolve(), folder.resolve(), pending=names, sft_models=models), names
+
+
+def _charge(spending: Spending, folder: Path) -> None:
+    """Count what a stage cost that is not run again; one that is counts its own ledger."""
+    manifest = read_manifest(folder) or {}
+    for model, spent in manifest.get("spending", {}).items():
+        spending.charge(
+            model, **{key: spent[key] for key in ("calls", "prompt_tokens", "response_tokens")}
+        )
 
 
 def _chosen_stages(recipe: Recipe, only: str | None) -> list[Stage]:
@@ -147,6 +175,7 @@ def _run(job: Job, state: State, context: Context) -> None:
         logger.info("%s: %s", name, state.value)
     if state is not State.INTERRUPTED:
         begin(job.out, job.key)
+    before = context.spending.totals()
     with context.stop:
         module = importlib.import_module(job.stage.module)
         try:
@@ -155,7 +184,8 @@ def _run(job: Job, state: State, context: Context) -> None:
             restore(job.out)
             raise
         origin = {"stage": name, "format_version": job.stage.format_version, "key": job.key}
-        finish(job.out, origin | {"inputs": job.hashes}, summary, started)
+        spent = context.spending.since(before)
+        finish(job.out, origin | {"inputs": job.hashes, "spending": spent}, summary, started)
         logger.info("%s: %s", name, summary.sentence)
         context.stop.check()
 

@@ -17,6 +17,7 @@ from pydantic import Field, ValidationError, model_validator
 from starling.base.errors import RecipeError
 from starling.base.explain import explain
 from starling.base.section import Section
+from starling.base.spending import Price
 from starling.base.strict_yaml import dump_yaml, parse_yaml
 from starling.bench.config import BenchSection
 from starling.feedback.config import FeedbackSection
@@ -39,6 +40,14 @@ class RunSection(Section):
     """cpu, cuda or cuda:<number>; absent: a GPU when there is one."""
     out: str | None = None
     """Run folder; absent: runs/<the recipe's file name>."""
+    prices: dict[str, Price] = {}
+    """By a model's name at its endpoint: US dollars per million tokens."""
+    max_usd: float | None = Field(default=None, ge=0)
+    """Stop before the calls in this run folder have cost more; needs every endpoint's price."""
+    max_calls: int | None = Field(default=None, ge=0)
+    """Stop before more calls were sent, attempts that failed included."""
+    max_tokens: int | None = Field(default=None, ge=0)
+    """Stop before more tokens were read and written by endpoints."""
 
 
 class Recipe(Section):
@@ -68,6 +77,8 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _validate(self) -> "Recipe":
         problems = [*_missing_sources(self)]
+        if self.run.max_usd is not None:
+            problems += _missing_prices(self)
         if not any(getattr(self, name) for name in STAGES):
             problems.append(f"{', '.join(STAGES)}: a recipe needs at least one of these stages")
         if self.sft is not None and self.policy is not None:
@@ -177,3 +188,14 @@ def _missing_sources(recipe: Recipe) -> Iterator[str]:
     stages = [name for name in ("feedback", "bench") if getattr(recipe, name) is not None]
     if recipe.judge is None and stages:
         yield f"judge: is missing, and {' and '.join(stages)} need one"
+
+
+def _missing_prices(recipe: Recipe) -> Iterator[str]:
+    """Endpoints whose calls a cap on money could not count."""
+    asked = (*(recipe.feedback.candidates if recipe.feedback else ()), recipe.judge)
+    models = {each.model for each in asked if each is not None and each.url is not None}
+    for model in sorted(map(str, models - set(recipe.run.prices))):
+        yield (
+            f"run.prices: has none for {model!r}, and run.max_usd needs each endpoint's; write "
+            f"prices: {{{model}: {{input: 0, output: 0}}}} for a server of your own"
+        )

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from starling.base.estimate import Estimate, bootstrap_mean
+from starling.base.estimate import MOST_RESAMPLED, Estimate, bootstrap_mean, mean_of_sums
 
 
 def test_the_interval_of_many_values_is_the_textbook_one():
@@ -82,11 +82,59 @@ def test_the_same_seed_gives_the_same_interval_and_another_a_near_one():
 
 
 def test_more_clusters_than_fit_in_one_block_are_all_drawn():
-    values = [0.0, 1.0] * 2000
+    values = [0.0, 1.0] * 1000
     estimate = bootstrap_mean(values, seed=0)
-    half = 1.96 * 0.5 / math.sqrt(4000)
+    half = 1.96 * 0.5 / math.sqrt(2000)
     assert estimate.low == pytest.approx(0.5 - half, abs=0.12 * half)
     assert estimate.high == pytest.approx(0.5 + half, abs=0.12 * half)
+
+
+def ragged_clusters(num_clusters):
+    """Values whose clusters have an effect of their own, and sizes 1 to 7."""
+    rng = np.random.default_rng(1)
+    sizes = rng.integers(1, 8, size=num_clusters)
+    clusters = np.repeat(np.arange(num_clusters), sizes)
+    return rng.normal(size=num_clusters)[clusters] + rng.normal(size=len(clusters)), clusters
+
+
+def test_with_many_clusters_the_normal_interval_is_the_bootstraps():
+    values, clusters = ragged_clusters(MOST_RESAMPLED + 1)
+    found = bootstrap_mean(values.tolist(), seed=0, clusters=clusters.tolist())
+    sums, sizes = np.bincount(clusters, weights=values), np.bincount(clusters)
+    drawn = np.random.default_rng(2).integers(len(sums), size=(4000, len(sums)))
+    low, high = np.quantile(sums[drawn].sum(1) / sizes[drawn].sum(1), [0.025, 0.975])
+    half = (high - low) / 2
+    assert found.mean == pytest.approx(values.mean())
+    # The ends of 4000 rounds vary by about 2 % of the half-width each; three of them.
+    assert found.low == pytest.approx(low, abs=0.06 * half)
+    assert found.high == pytest.approx(high, abs=0.06 * half)
+    assert found.high - found.low == pytest.approx(high - low, rel=0.05)
+    # No seed is needed for it.
+    assert found == bootstrap_mean(values.tolist(), seed=5, clusters=clusters.tolist())
+
+
+def test_a_share_of_many_clusters_stays_between_nought_and_one():
+    values = [1.0] + [0.0] * MOST_RESAMPLED
+    estimate = bootstrap_mean(values, seed=0)
+    assert estimate.low == 0.0
+    assert bootstrap_mean([1 - value for value in values], seed=0).high == 1.0
+
+
+@pytest.mark.parametrize("num_clusters", [2, 40, MOST_RESAMPLED + 1])
+def test_sums_by_cluster_give_what_the_values_themselves_give(num_clusters):
+    values, clusters = ragged_clusters(num_clusters)
+    expected = bootstrap_mean(values.tolist(), seed=3, clusters=clusters.tolist(), num_failed=2)
+    sums, sizes = np.bincount(clusters, weights=values), np.bincount(clusters)
+    found = mean_of_sums(sums.tolist(), sizes.tolist(), seed=3, num_failed=2)
+    assert (found.n, found.num_failed) == (expected.n, 2)
+    for end in ("mean", "low", "high"):
+        assert getattr(found, end) == pytest.approx(getattr(expected, end))
+
+
+@pytest.mark.parametrize(("sums", "sizes"), [([], []), ([1.0], [0]), ([1.0, 2.0], [1])])
+def test_sums_without_values_have_no_mean(sums, sizes):
+    with pytest.raises(ValueError, match="at least 1"):
+        mean_of_sums(sums, sizes, seed=0)
 
 
 @pytest.mark.parametrize(

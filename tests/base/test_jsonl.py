@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, ConfigDict, Field
 
 from starling.base.errors import DataError
-from starling.base.jsonl import read_json, read_records, write_json, write_records
+from starling.base.jsonl import iter_records, read_json, read_records, write_json, write_records
 
 
 class Row(BaseModel):
@@ -132,6 +132,17 @@ def test_a_damaged_quarantine_is_replaced(tmp_path, damage):
     path.write_bytes(GOOD)
     read_records(path, Row, quarantine=quarantine)
     assert not quarantine.exists()
+
+
+def test_rows_come_one_by_one_and_the_verdict_on_the_file_after_the_last(tmp_path):
+    path, quarantine = tmp_path / "rows.jsonl", tmp_path / "quarantine.jsonl"
+    path.write_bytes(GOOD + b"nonsense\n" + GOOD)
+    rows = iter_records(path, Row, quarantine=quarantine)
+    assert [next(rows), next(rows)] == [Row(text="fine")] * 2
+    assert not quarantine.exists()
+    with pytest.raises(DataError, match="1 of 3 rows"):
+        next(rows)
+    assert json.loads(quarantine.read_text())["line"] == 2
 
 
 @pytest.mark.parametrize("content", [b"", b"\n  \n"])

@@ -272,7 +272,7 @@ class ScriptedJudge:
             yield (
                 Unparsed(comparison.id, "it said nothing", "")
                 if ranks is None
-                else Ranking(comparison.id, ranks, (0, 1), None, "")
+                else Ranking(comparison.id, ranks, ())
             )
 
     def rate(self, answers):

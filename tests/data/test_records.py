@@ -130,7 +130,7 @@ def test_messages_count_over_the_prompt_string():
 
 
 def test_a_ranking_without_messages_and_prompt_is_refused():
-    with pytest.raises(ValidationError, match="a ranking needs messages"):
+    with pytest.raises(ValidationError, match="messages is empty or missing"):
         RankingRow.model_validate({"answers": answers(1, 2)})
 
 
@@ -180,3 +180,44 @@ def test_a_question_has_a_rubric_for_every_turn_or_none():
 def test_a_record_is_frozen():
     with pytest.raises(ValidationError):
         Message(role="user", content="hi").content = "other"
+
+
+NECTAR = "\n\nHuman: hi\n\nAssistant: hello\n\nHuman: bye\n\nAssistant: "
+
+
+def test_a_nectar_row_is_a_prompt_with_its_answers_and_without_their_ranks():
+    prompt = Prompt.model_validate(
+        {"prompt": NECTAR, "answers": answers(2.0, 1.0), "source": ["a", "b"], "turns": 2}
+    )
+    assert [message.content for message in prompt.messages] == ["hi", "hello", "bye"]
+    assert [(each.answer, each.model) for each in prompt.answers] == [("a0", "m0"), ("a1", "m1")]
+    assert not any(hasattr(each, "rank") for each in prompt.answers)
+    assert (prompt.prompt, prompt.source) == (NECTAR, ["a", "b"])
+
+
+@pytest.mark.parametrize("row", [Prompt, RankingRow])
+def test_messages_that_are_null_leave_the_prompt_string_to_speak(row):
+    found = row.model_validate({"messages": None, "prompt": NECTAR, "answers": answers(1, 2)})
+    assert len(found.messages) == 3
+
+
+@pytest.mark.parametrize("row", [Prompt, RankingRow])
+def test_a_source_may_be_one_name_or_a_list(row):
+    fields = {"prompt": NECTAR, "answers": answers(1, 2)}
+    assert row.model_validate({**fields, "source": "a"}).source == ["a"]
+    assert row.model_validate({**fields, "source": ["a", "b"]}).source == ["a", "b"]
+    with pytest.raises(ValidationError, match="source"):
+        row.model_validate({**fields, "source": 3})
+
+
+def test_an_empty_answer_beside_a_prompt_is_no_error_and_one_without_a_model_is():
+    fields = {"messages": turns(USER)}
+    assert Prompt.model_validate({**fields, "answers": [{"answer": "", "model": "m"}]}).answers
+    with pytest.raises(ValidationError, match=r"answers.0.model"):
+        Prompt.model_validate({**fields, "answers": [{"answer": "a"}]})
+
+
+def test_a_conversation_needs_its_messages_whatever_prompt_column_it_has():
+    assert Conversation.model_validate({"messages": turns(USER, ASSISTANT), "prompt": 3})
+    with pytest.raises(ValidationError, match="messages is empty or missing"):
+        Conversation.model_validate({"prompt": NECTAR})

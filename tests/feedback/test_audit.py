@@ -1,37 +1,65 @@
-"""The audit finds a biased judge and leaves a fair one alone."""
+"""The audit finds what is wrong with a judge, leaves a fair one alone, and claims no more."""
 
+import json
 import random
+from collections import defaultdict
+from itertools import combinations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
 
-from starling.data.records import Message, Prompt, RankedAnswer
-from starling.feedback.audit import Outcome, audit, chi_square, critical_99
-from starling.feedback.candidates import AnswerSet
-from starling.judging.judge import Comparison, Ranking, Unparsed
+from starling.base.errors import DataError
+from starling.data.nectar import write_nectar
+from starling.data.records import Message, RankedAnswer, RankingRow
+from starling.feedback.audit import as_text, audit, audit_file, chi_square, critical_99
+from starling.feedback.tallies import places, shares_of_win, tau_of_votes
+from starling.judging.judge import Comparison
 from starling.judging.llm_judge import LlmJudge
-from starling.judging.recorded import CallStats
 from starling.judging.rubric_responder import RubricResponder
 
-
-def given(text, model, finish_reason):
-    return RankedAnswer(answer=text, model=model, finish_reason=finish_reason)
+ASKED = (Message(role="user", content="?"),)
 
 
-def answer_set(id, answers, *, failures=(), empty=0, merged=0):
-    prompt = Prompt(messages=(Message(role="user", content="?"),), id=id)
-    return AnswerSet(prompt, tuple(answers), failures, empty, merged)
-
-
-def outcome(id, texts, ranks, *, presented=None, good_natured=True, models=None):
+def row(id, texts, ranks, *, models=None, finish_reason="stop", **fields):
     models = models or [f"m{n}" for n in range(len(texts))]
-    answers = [given(text, model, "stop") for text, model in zip(texts, models, strict=True)]
-    shown = presented or tuple(range(len(texts)))
-    verdict = Ranking(id, ranks, shown, good_natured, "")
-    return Outcome(answer_set(id, answers), verdict)
+    answers = tuple(
+        RankedAnswer(answer=text, model=model, rank=rank, finish_reason=finish_reason)
+        for text, model, rank in zip(texts, models, ranks, strict=True)
+    )
+    messages = (Message(role="user", content=f"What about {id}?"),)
+    return RankingRow(messages=messages, answers=answers, id=id, **fields)
 
 
-def report(outcomes, calls=None):
-    return audit(outcomes, calls or {}, num_duplicates=2, seed=0)
+def vote(presented, ranks, **fields):
+    return {"presented": presented, "ranks": ranks, "text": "said", **fields}
+
+
+def line(id, *votes, outcome="ranked", **fields):
+    counts = {"failed": [], "empty": 0, "merged": 0, "dropped": 0}
+    return {"id": id, "outcome": outcome, "votes": list(votes), **counts, **fields}
+
+
+def canary(kind, ranks, index=0):
+    return {"canary": kind, "id": "a", "index": index, "ranks": ranks, "votes": []}
+
+
+def means(places, name):
+    return [place[name]["mean"] for place in places.values()]
+
+
+def some_rows(n=3):
+    return [row(f"r{i}", ["x", "yy"], [1.0, 2.0]) for i in range(n)]
+
+
+def findings(report, name):
+    return [each for each in report["findings"] if each["name"] == name]
+
+
+def only(report, name):
+    [finding] = findings(report, name)
+    return finding
 
 
 def test_chi_square_is_pearsons():
@@ -49,117 +77,406 @@ def test_the_critical_value_is_the_tables_to_a_hundredth_of_itself(degrees, tabl
     assert critical_99(degrees) == pytest.approx(tabled, rel=0.01)
 
 
+@given(ranks=st.lists(st.integers(1, 4) | st.none(), min_size=2, max_size=7))
+def test_places_are_scipys_average_ranks_with_the_unranked_last(ranks):
+    expected = stats.rankdata([99 if rank is None else rank for rank in ranks], method="average")
+    assert places(ranks) == pytest.approx(expected.tolist())
+
+
+def test_tied_winners_share_the_win():
+    assert shares_of_win([1, 1, 2, None]) == [0.5, 0.5, 0.0, 0.0]
+
+
+@given(questions=st.integers(1, 40), wins=st.integers(0, 40), k=st.integers(2, 9))
+def test_the_chance_of_wins_is_the_binomial_tail(questions, wins, k):
+    wins = min(wins, questions)
+    ranks = [[1, *[2] * (k - 1)]] * wins + [[2, 1, *[3] * (k - 2)]] * (questions - wins)
+    report = audit(some_rows(), [canary("kind", each) for each in ranks])
+    expected = stats.binom.sf(wins - 1, questions, 1 / k)
+    assert report["canaries"]["kind"]["chance"] == pytest.approx(expected)
+
+
+@given(first=st.permutations(range(1, 6)), second=st.permutations(range(1, 6)))
+def test_two_votes_agree_as_scipys_kendall_tau_says(first, second):
+    # The second vote was shown the answers in reverse: places, not answers, are in its lists.
+    votes = [vote([0, 1, 2, 3, 4], first), vote([4, 3, 2, 1, 0], second[::-1])]
+    assert [*tau_of_votes(votes)] == pytest.approx([stats.kendalltau(first, second).statistic])
+
+
+def test_votes_on_pairs_agree_where_both_orders_name_one_winner():
+    # Pair (0, 1): both orders agree, +1. Pair (0, 2): they do not, -1. Pair (1, 2): asked once.
+    votes = [vote([0, 1], [1, 2]), vote([1, 0], [2, 1]), vote([0, 2], [1, 2]), vote([2, 0], [1, 2])]
+    assert [*tau_of_votes([*votes, vote([1, 2], [1, 2])])] == [0.0]
+    assert [*tau_of_votes(votes[:2])] == [1.0]
+    assert [*tau_of_votes(votes[:1])] == []
+
+
 def judged(*, position_bias, noise=0.3, n=300):
     """What a rubric judge makes of four equally good answers, n times."""
     texts = ("It is 4.", "It is  4.", " It is 4.", "It is 4. ")
     judge = LlmJudge(
         RubricResponder(1, noise, position_bias), seed=1, max_tokens=9, temperature=0.0
     )
-    messages = (Message(role="user", content="?"),)
-    comparisons = [Comparison(f"q{i}", messages, texts, {"contains_any": ["4"]}) for i in range(n)]
-    answers = [given(text, f"m{k}", "stop") for k, text in enumerate(texts)]
-    return [Outcome(answer_set(v.id, answers), v) for v in judge.rank(comparisons)]
+    comparisons = [Comparison(f"q{i}", ASKED, texts, {"contains_any": ["4"]}) for i in range(n)]
+    rows, lines = [], []
+    for verdict in judge.rank(comparisons):
+        rows.append(row(verdict.id, texts, [float(rank) for rank in verdict.ranks]))
+        votes = [vote(list(v.presented), list(v.ranks)) for v in verdict.votes]
+        lines.append(line(verdict.id, *votes))
+    return audit(rows, lines)
 
 
 def test_a_judge_that_prefers_the_first_position_is_found_out():
-    [table] = report(judged(position_bias=0.4))["positions"]
-    assert table["k"] == 4
-    assert table["rankings"] == 300
-    assert table["is_biased"]
+    report = judged(position_bias=0.4)
+    [table] = report["positions"].values()
+    assert (len(table["places"]), table["verdicts"]) == (4, 300)
+    assert table["is_biased"] is True
     assert table["chi_square"] > table["critical_99"]
-    assert table["winner_share"][0] > table["winner_share"][3]
-    assert table["mean_rank"] == sorted(table["mean_rank"])
+    shares = means(table["places"], "winner_share")
+    assert shares[0] > shares[3]
+    ranks = means(table["places"], "mean_rank")
+    assert ranks == sorted(ranks)
+    finding = only(report, "position")
+    assert finding["is_concern"]
+    assert f"place 1 in {shares[0]:.1%} [" in finding["sentence"]
+    assert finding["advice"]
 
 
 def test_a_fair_judge_is_not_accused():
-    [table] = report(judged(position_bias=0.0))["positions"]
-    assert not table["is_biased"]
-    assert sum(table["winner_share"]) == pytest.approx(1.0)
-    assert all(rank == pytest.approx(2.5, abs=0.35) for rank in table["mean_rank"])
+    report = judged(position_bias=0.0)
+    [table] = report["positions"].values()
+    assert table["is_biased"] is False
+    assert sum(means(table["places"], "winner_share")) == pytest.approx(1.0)
+    # Three standard errors of a quarter of 300.
+    assert all(abs(mean - 0.25) < 0.075 for mean in means(table["places"], "winner_share"))
+    assert not only(report, "position")["is_concern"]
+
+
+def test_few_verdicts_are_said_to_be_few_however_one_sided():
+    # Five winners expected at each of 4 places need 20 verdicts; here are 19.
+    lines = [line(f"r{n}", vote([0, 1, 2, 3], [1, 2, 3, 4])) for n in range(19)]
+    report = audit(some_rows(), lines)
+    assert report["positions"]["4"]["is_biased"] is None
+    assert "too few" in only(report, "position")["sentence"]
+    assert audit(some_rows(), [*lines, lines[0]])["positions"]["4"]["is_biased"] is True
 
 
 def test_positions_are_those_shown_and_each_number_of_answers_has_its_table():
-    outcomes = [
+    lines = [
         # Answer 1 won and stood first; then answer 0 won and stood last.
-        outcome("a", ["x", "y"], (2, 1), presented=(1, 0)),
-        outcome("b", ["x", "y"], (1, 2), presented=(1, 0)),
-        outcome("c", ["x", "y", "z"], (3, 1, 2), presented=(2, 0, 1)),
+        line("a", vote([1, 0], [1, 2])),
+        line("b", vote([1, 0], [2, 1])),
+        line("c", vote([2, 0, 1], [2, 3, 1])),
+        # A rating has no place to prefer, and what could not be read no ranks.
+        line("d", {"presented": [0], "score": 7.0, "text": ""}),
+        line("e", {"presented": [0, 1], "reason": "no", "text": ""}, outcome="unparsed", reason=""),
     ]
-    two, three = report(outcomes)["positions"]
-    assert (two["k"], two["winner_share"], two["mean_rank"]) == (2, [0.5, 0.5], [1.5, 1.5])
-    assert (three["k"], three["winner_share"]) == (3, [0.0, 0.0, 1.0])
-    assert three["mean_rank"] == [2.0, 3.0, 1.0]
+    positions = audit(some_rows(), lines)["positions"]
+    assert list(positions) == ["2", "3"]
+    two, three = (table["places"] for table in positions.values())
+    assert positions["2"]["verdicts"] == 2
+    assert (means(two, "winner_share"), means(two, "mean_rank")) == ([0.5, 0.5], [1.5, 1.5])
+    assert means(three, "winner_share") == [0.0, 0.0, 1.0]
+    assert means(three, "mean_rank") == [2.0, 3.0, 1.0]
+
+
+def test_ten_places_stand_in_their_order():
+    report = audit(some_rows(), [line("a", vote(list(range(10)), list(range(1, 11))))])
+    assert means(report["positions"]["10"]["places"], "mean_rank") == list(range(1, 11))
 
 
 def test_length_counts_pairs_of_different_rank_and_length():
     # Lengths 1, 2, 2, 4; ranks 2, 1, 3, 3.  Pairs: (1,2) longer wins; (1,2') shorter wins;
     # (1,4) shorter wins; (2,2') equally long; (2,4) shorter wins; (2',4) tied.
-    found = report([outcome("a", ["w", "xx", "yy", "zzzz"], (2, 1, 3, 3))])["length"]
-    assert found["longer_wins"]["mean"] == pytest.approx(1 / 4)
-    assert found["longer_wins"]["n"] == 4
-    assert found["equally_long_pairs"] == 1
-    assert found["tied_pairs"] == 1
+    report = audit([row("a", ["w", "xx", "yy", "zzzz"], [2.0, 1.0, 3.0, 3.0])])
+    assert report["all"]["longer_wins"]["mean"] == pytest.approx(1 / 4)
+    assert report["all"]["longer_wins"]["n"] == 4
+    assert report["pairs"] == {"ordered": 5, "tied": 1}
 
 
-def test_mean_rank_by_model_counts_every_answer_of_the_model():
-    outcomes = [
-        outcome("a", ["x", "yy", "zzz"], (1, 2, 3), models=["old", "new", "new"]),
-        outcome("b", ["x", "yy"], (2, 1), models=["old", "new"]),
+def test_an_unranked_answer_is_worse_than_a_ranked_one_and_not_tied_with_another():
+    report = audit([row("a", ["www", "xx", "y"], [1.0, None, None])])
+    assert report["all"]["longer_wins"] == pytest.approx(
+        {"mean": 1.0, "low": None, "high": None, "n": 2, "num_failed": 0}
+    )
+    assert report["pairs"] == {"ordered": 2, "tied": 0}
+    assert report["models"]["m1"]["mean_rank"]["mean"] == 2.5
+
+
+def test_a_fifth_of_length_is_among_the_answers_of_one_prompt():
+    # Five answers, one in each fifth, in another prompt all ten times longer; the longest won.
+    texts = ["x" * n for n in (1, 2, 3, 4, 5)]
+    ranks = [5.0, 4.0, 3.0, 2.0, 1.0]
+    rows = [row("a", texts, ranks), row("b", [text * 10 for text in texts], ranks)]
+    fifths = audit(rows)["length"]
+    assert list(fifths) == [f"{n} of 5" for n in range(1, 6)]
+    assert means(fifths, "mean_rank") == [5, 4, 3, 2, 1]
+    assert means(fifths, "win_share") == [0, 0, 0, 0, 1]
+    # Of two answers the shorter is in the second fifth, the longer in the fourth.
+    two = audit([row("a", ["x", "yy"], [1.0, 2.0])])["length"]
+    assert (list(two), means(two, "mean_rank")) == (["2 of 5", "4 of 5"], [1, 2])
+
+
+@pytest.mark.parametrize(("best", "sign"), [(0, "shorter"), (1, "longer")])
+def test_length_that_decides_is_of_concern_whichever_way(best, sign):
+    rng = random.Random(0)
+    rows = []
+    for n in range(200):
+        first = best if rng.random() < 0.75 else 1 - best
+        rows.append(row(str(n), ["x", "yy"], [1.0 + (first == 1), 1.0 + (first == 0)]))
+    finding = only(audit(rows), "length")
+    assert finding["is_concern"]
+    assert finding["sentence"].startswith(f"The {sign} of two answers")
+    # Sixty of a hundred is no longer surely above 0.6: the interval has to be.
+    even = [row(str(n), ["x", "yy"], [1.0, 2.0] if n % 5 < 2 else [2.0, 1.0]) for n in range(100)]
+    assert not only(audit(even), "length")["is_concern"]
+
+
+def test_mean_rank_by_model_counts_every_answer_and_is_split_by_good_nature():
+    rows = [
+        row(
+            "a", ["x", "yy", "z"], [1.0, 2.0, 3.0], models=["old", "new", "new"], good_natured=True
+        ),
+        row("b", ["x", "yy"], [2.0, 1.0], models=["old", "new"], good_natured=False),
+        row("c", ["x", "yy"], [1.0, 2.0], models=["old", "new"]),
     ]
-    models = report(outcomes)["models"]
+    models = audit(rows)["models"]
     assert list(models) == ["new", "old"]
-    assert models["new"]["mean_rank"]["mean"] == pytest.approx((2 + 3 + 1) / 3)
-    assert models["new"]["mean_rank"]["n"] == 3
-    assert models["old"]["mean_rank"]["mean"] == pytest.approx(1.5)
+    assert models["new"]["mean_rank"]["mean"] == pytest.approx((2 + 3 + 1 + 2) / 4)
+    assert models["new"]["mean_rank"]["n"] == 4
+    assert models["new"]["win_share"]["mean"] == pytest.approx(1 / 4)
+    assert models["new"]["mean_rank_good_natured"]["mean"] == pytest.approx(2.5)
+    assert models["old"]["mean_rank_not_good_natured"]["mean"] == 2.0
+    assert models["old"]["mean_rank_good_natured"]["n"] == 1
 
 
-def test_good_nature_says_how_many_verdicts_did_not_tell():
-    outcomes = [
-        outcome(str(n), ["x", "y"], (1, 2), good_natured=nature)
-        for n, nature in enumerate([True, True, False, None])
+def test_models_are_called_best_and_worst_only_as_far_as_their_intervals_part():
+    def rows(share):
+        ranks = [[1.0, 2.0] if n < share * 100 else [2.0, 1.0] for n in range(100)]
+        return [row(str(n), ["x", "y"], each, models=["p", "q"]) for n, each in enumerate(ranks)]
+
+    assert "overlap" not in only(audit(rows(0.8)), "models")["sentence"]
+    assert "p is the best" in only(audit(rows(0.8)), "models")["sentence"]
+    assert "overlap" in only(audit(rows(0.52)), "models")["sentence"]
+    # One answer of a brilliant model makes it none of the frequent ones.
+    rare = row("rare", ["x", "y", "z"], [2.0, 3.0, 1.0], models=["p", "q", "rare"])
+    assert "rare" not in only(audit([*rows(0.8), rare]), "models")["sentence"]
+
+
+@pytest.mark.parametrize("about", [{"own": ["q"], "judge": "x"}, {"own": [], "judge": "q"}])
+def test_a_judge_that_puts_its_own_answers_first_is_named(about):
+    rows = [
+        row(str(n), ["x", "y", "z"], [3.0, 1.0, 2.0] if n % 4 else [1.0, 2.0, 3.0], models="pqr")
+        for n in range(40)
     ]
-    nature = report(outcomes)["good_natured"]
-    assert nature["mean"] == pytest.approx(2 / 3)
-    assert (nature["n"], nature["num_failed"]) == (3, 1)
+    finding = only(audit(rows, [about]), "own answers")
+    assert finding["is_concern"]
+    assert "(q) at 1.25" in finding["sentence"]
+    # (2.5 + 2.25) / 2
+    assert "others at 2.38" in finding["sentence"]
+    assert not findings(audit(rows, [{"own": [], "judge": "another"}]), "own answers")
+
+
+def test_sources_and_categories_have_figures_of_their_own():
+    rows = [
+        row("a", ["x", "yy"], [1.0, 2.0], source=["s", "t"], category="math", good_natured=True),
+        row("b", ["x", "yy"], [2.0, 1.0], source=["s"], good_natured=False),
+    ]
+    report = audit(rows)
+    assert report["sources"]["s"]["rankings"] == 2
+    assert report["sources"]["s"]["longer_wins"]["mean"] == 0.5
+    assert report["sources"]["t"]["longer_wins"]["mean"] == 0.0
+    assert report["categories"]["math"]["good_natured"]["mean"] == 1.0
+    assert list(report["categories"]) == ["math"]
+
+
+def test_good_nature_is_of_those_that_were_told():
+    natures = [True, True, False, None]
+    rows = [row(str(n), ["x", "y"], [1.0, 2.0], good_natured=g) for n, g in enumerate(natures)]
+    report = audit(rows)
+    assert report["all"]["good_natured"]["mean"] == pytest.approx(2 / 3)
+    assert report["all"]["good_natured"]["n"] == 3
+    assert "of 3 conversations" in only(report, "good-natured")["sentence"]
 
 
 def test_everything_that_was_left_out_is_counted():
-    cut = given("x", "m", "length")
-    outcomes = [
-        outcome("a", ["x", "y"], (1, 2)),
-        Outcome(answer_set("b", [cut, cut], merged=1, empty=1), Unparsed("b", "no ranking", "?")),
-        Outcome(answer_set("c", [cut], failures=("m: gone",)), None),
-        Outcome(answer_set("d", [cut], merged=2), None),
+    lines = [
+        {"judge": "j", "own": []},
+        line("a", vote([0, 1], [1, 2]), merged=1, empty=2),
+        line("b", vote([0], None, reason="?"), outcome="unparsed", reason="no ranking", dropped=4),
+        line("c", outcome="too few answers", failed=["m: gone", "m: the model refused: no"]),
+        line("d", outcome="answers alike", merged=2),
     ]
-    found = report(outcomes, {"judge": CallStats(from_ledger=3, new=1, unknown=2, failed=1)})
-    assert (found["prompts"], found["duplicate_prompts"], found["rankings"]) == (4, 2, 1)
-    assert found["unparsed"] == 1
-    assert found["unparsed_examples"] == [{"id": "b", "reason": "no ranking"}]
-    assert found["too_few_answers"] == {"after_failures": 1, "alike": 1}
-    assert found["answers"] == {
-        "distinct": 6,
-        "merged": 3,
-        "failed": 1,
-        "empty": 1,
-        "truncated": 4,
-    }
-    # What depends on interruptions does not stand in results.
-    assert found["calls"]["judge"] == {
-        "answered": 4,
-        "failed": 1,
-        "prompt_tokens": 0,
-        "response_tokens": 0,
-    }
+    cut = row(
+        "a", ["I'm sorry, but I can't help with that.", "y"], [1.0, 2.0], finish_reason="length"
+    )
+    report = audit([cut], lines)
+    expected = {"ranked": 1, "unparsed": 1, "too few answers": 1, "answers alike": 1}
+    assert report["outcomes"] == expected
+    # Of the two prompts that the judge was asked about.
+    assert report["judge"]["unparsed"]["mean"] == 0.5
+    assert report["judge"]["examples"] == [{"id": "b", "reason": "no ranking", "text": "said"}]
+    assert report["candidates"] == {"merged": 3, "empty": 2, "dropped": 4, "failed": 2}
+    assert report["failures"] == {"m: gone": 1, "m: the model refused: no": 1}
+    answers = report["answers"]
+    assert [answers[name] for name in ("given", "truncated", "refused")] == [2, 2, 1]
+    assert report["models"]["m0"]["refused"] == 1
+    assert answers["refusals"][0]["id"] == "a"
 
 
-def test_an_audit_is_the_same_again():
+def test_duplicate_prompts_and_answers_are_counted():
+    rows = [row("a", ["x", "x ", "y"], [1.0, 2.0, 3.0]), row("b", ["x", "y"], [1.0, 2.0])]
+    again = rows[1].model_copy(
+        update={"id": "c", "messages": (Message(role="user", content="what  ABOUT b!"),)}
+    )
+    report = audit([*rows, again])
+    assert (report["all"]["repeated_prompts"], report["answers"]["repeated"]) == (1, 1)
+    assert only(report, "duplicates")["is_concern"]
+    assert not only(audit(rows), "duplicates")["is_concern"]
+
+
+def test_agreement_is_that_of_the_votes_and_low_agreement_is_of_concern():
     rng = random.Random(0)
-    outcomes = [
-        outcome(str(n), ["x", "yy", "zzz"], tuple(rng.sample([1, 2, 3], 3))) for n in range(50)
+    noisy = [
+        line(str(n), *(vote([0, 1, 2], rng.sample([1, 2, 3], 3)) for _ in range(3)), agreement=0.4)
+        for n in range(100)
     ]
-    assert report(outcomes) == report(outcomes)
+    report = audit(some_rows(), noisy)
+    assert report["judge"]["kendall_w"]["mean"] == pytest.approx(0.4)
+    assert report["judge"]["kendall_tau"]["mean"] == pytest.approx(0.0, abs=0.1)
+    assert only(report, "agreement")["is_concern"]
+    sure = [line(str(n), *(vote([0, 1, 2], [1, 2, 3]) for _ in range(3))) for n in range(100)]
+    assert not only(audit(some_rows(), sure), "agreement")["is_concern"]
+    assert not findings(audit(some_rows(), [line("a", vote([0, 1], [1, 2]))]), "agreement")
 
 
-def test_an_audit_of_nothing_is_refused():
-    with pytest.raises(ValueError, match="ranking"):
-        report([Outcome(answer_set("a", []), None)])
+def test_a_canary_that_wins_more_than_by_chance_is_of_concern():
+    lines = [line("r0", vote([0, 1], [1, 2]))]
+    lines += [canary("fooled", [1, 2, 3])] * 6 + [canary("fooled", [2, 3, 1])] * 3
+    lines += [canary("seen through", [3, 1, 2])] * 8 + [canary("seen through", [1, 2, 3])]
+    lines += [{"canary": "seen through", "id": "b", "index": 0, "reason": "?", "votes": []}]
+    report = audit(some_rows(), lines)
+    fooled, other = report["canaries"]["fooled"], report["canaries"]["seen through"]
+    assert (fooled["questions"], fooled["wins"], fooled["wins_by_chance"]) == (9, 6, 3)
+    assert fooled["mean_rank"]["mean"] == pytest.approx(12 / 9)
+    assert fooled["rank_by_chance"]["mean"] == 2
+    # P(X >= 7 of 9 at 1/3) is 0.0083, P(X >= 6) 0.042.
+    assert fooled["chance"] == pytest.approx(0.0424, abs=1e-3)
+    assert (other["questions"], other["wins"], other["unparsed"]) == (9, 1, 1)
+    assert [each["is_concern"] for each in findings(report, "canary")] == [False, False]
+    report = audit(some_rows(), [*lines, *[canary("fooled", [1, 2, 3])] * 3])
+    assert [each["is_concern"] for each in findings(report, "canary")] == [True, False]
+
+
+def test_rankings_alone_say_what_cannot_be_known_from_them():
+    report = audit(some_rows())
+    assert "positions" not in report
+    assert "are not known" in only(report, "unknown")["sentence"]
+    for name in ("position", "canary", "agreement", "unparsed"):
+        assert not findings(report, name)
+
+
+def test_values_that_are_all_alike_claim_no_certainty():
+    # An interval of width zero would.
+    assert "[" not in only(audit(some_rows(40)), "length")["sentence"]
+
+
+def write_lines(path, lines):
+    path.write_text("".join(json.dumps(each) + "\n" for each in lines))
+
+
+def test_a_file_is_audited_with_the_judgments_beside_it_and_again_the_same(tmp_path):
+    path = tmp_path / "rankings.jsonl"
+    rows = some_rows(5)
+    path.write_text("".join(each.model_dump_json() + "\n" for each in rows))
+    assert audit_file(path) == audit(rows)
+    lines = [{"judge": "j", "own": []}, *(line(each.id, vote([0, 1], [1, 2])) for each in rows)]
+    write_lines(tmp_path / "judgments.jsonl", lines)
+    assert audit_file(path) == audit_file(path) == audit(rows, lines)
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["judgments.jsonl", "rankings.jsonl"]
+    with (tmp_path / "judgments.jsonl").open("a") as file:
+        file.write('{"id": ')
+    with pytest.raises(DataError, match="line 7"):
+        audit_file(path)
+
+
+def test_parquet_is_audited_like_jsonl(tmp_path):
+    pytest.importorskip("pyarrow")
+    rows = [row(f"r{n}", ["x", "yy"], [1.0, 2.0], source=["s"]) for n in range(4)]
+    reports = []
+    for name in ("rankings.jsonl", "rankings.parquet"):
+        write_nectar(tmp_path / name, rows)
+        reports.append(audit_file(tmp_path / name))
+    assert reports[0] == reports[1]
+    assert reports[0]["all"]["rankings"] == 4
+
+
+def test_a_file_without_rankings_is_refused(tmp_path):
+    (tmp_path / "rankings.jsonl").write_text("")
+    with pytest.raises(DataError, match="no rows"):
+        audit_file(tmp_path / "rankings.jsonl")
+
+
+def test_the_text_fits_a_terminal_and_tells_what_is_of_concern_first():
+    long = "a-model-with-a-very-long-name-indeed-of-billions"
+    texts = ["I am sorry, but I cannot assist with that request of yours.", "y"]
+    rows = [
+        row(
+            f"r{n}", texts, [1.0, 2.0], models=[long, f"q{n}"], source=["s" * 70], good_natured=True
+        )
+        for n in range(30)
+    ]
+    lines = [line(f"r{n}", vote([0, 1], [1, 2])) for n in range(30)]
+    report = audit(rows, lines)
+    text = as_text(report)
+    shown = text.splitlines()
+    assert max(map(len, shown)) <= 80
+    marks = [each[0] for each in shown[: shown.index("")] if each[0] in "!-"]
+    assert marks == sorted(marks)
+    assert {"!", "-"} == set(marks)
+    for finding in report["findings"]:
+        assert finding["sentence"][:40] in text
+    assert "place, of 2" in text
+    # The one frequent model stands among the first twenty, and the rest is counted.
+    assert long[:26] in text
+    assert "and 11 more" in text
+
+
+@pytest.mark.real_data
+def test_what_is_known_about_nectar_is_found(test_data):
+    path = test_data / "nectar" / "rankings.jsonl"
+    ranks = defaultdict(list)
+    won = total = 0
+    for text in path.read_text().splitlines():
+        answers = json.loads(text)["answers"]
+        for each in answers:
+            ranks[each["model"]].append(each["rank"])
+        for one, other in combinations(answers, 2):
+            lengths = len(one["answer"]), len(other["answer"])
+            if lengths[0] != lengths[1]:
+                total += 1
+                won += (lengths[0] > lengths[1]) == (one["rank"] < other["rank"])
+    report = audit_file(path)
+    found = {name: model["mean_rank"]["mean"] for name, model in report["models"].items()}
+    assert found == pytest.approx({name: sum(each) / len(each) for name, each in ranks.items()})
+    assert report["all"]["longer_wins"]["mean"] == pytest.approx(won / total)
+    assert report["all"]["longer_wins"]["n"] == total
+    # As published: about 2.8 and 6.0, and these in between in this order.
+    assert 2.5 < found["gpt-4-0613"] < 3.1
+    assert 5.8 < found["anthropic"] < 6.4
+    assert found["gpt-4"] < found["gpt-3.5-turbo-instruct"]
+    assert found["gpt-4"] < found["mistral-7b-instruct-v0.1"]
+    frequent = only(report, "models")["sentence"]
+    assert "gpt-4-0613 is the best" in frequent
+    assert "anthropic the worst" in frequent
+    assert only(report, "length")["is_concern"]
+
+
+@pytest.mark.real_data
+def test_long_answers_win_where_they_are_known_to(test_data):
+    report = audit_file(test_data / "rankings_k7" / "rankings.jsonl")
+    wins = report["all"]["longer_wins"]
+    assert wins["mean"] == pytest.approx(0.72, abs=0.01)
+    assert only(report, "length")["is_concern"]
+    fifths = means(report["length"], "mean_rank")
+    assert fifths == sorted(fifths, reverse=True)

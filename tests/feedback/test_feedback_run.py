@@ -13,9 +13,9 @@ from ledgers import ledger_rows
 from starling.base.context import Context
 from starling.base.errors import DataError, Stopped
 from starling.base.jsonl import read_records
-from starling.data.records import Message, RankingRow, split_nectar_prompt
+from starling.data.records import Message, RankingRow
 from starling.feedback.config import Candidate, FeedbackInputs, FeedbackSection
-from starling.feedback.run import nectar_prompt, run
+from starling.feedback.run import run
 from starling.judging.config import JudgeSection
 from starling.models import endpoint as endpoint_module
 
@@ -65,10 +65,15 @@ def judge_text(asked):
 CANDIDATES = (("good", 2), ("bad", 1))
 
 
+def make_context():
+    return Context(rank=0, world_size=1, device="cpu", threads=1, seed=7)
+
+
 def stage(url, folder, *, rows=None, candidates=CANDIDATES, judge=None, stop=None, **fields):
     prompts = folder / "prompts.jsonl"
     prompts.parent.mkdir(parents=True, exist_ok=True)
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows or prompt_rows(6)))
+    fields_context = fields.pop("context", None)
     section = FeedbackSection(
         prompts="prompts.jsonl",
         candidates=tuple(
@@ -79,11 +84,12 @@ def stage(url, folder, *, rows=None, candidates=CANDIDATES, judge=None, stop=Non
         **fields,
     )
     inputs = FeedbackInputs(
-        prompts=prompts,
+        prompts=(prompts,),
+        benchmarks=(),
         candidates=section.candidates,
         judge=judge or JudgeSection(url=url, model="judge"),
     )
-    context = Context(rank=0, world_size=1, device="cpu", threads=1, seed=7)
+    context = fields_context or make_context()
     if stop is not None:
         context.stop.signal_number = stop
     return run(section, inputs, folder / "out", context)
@@ -129,7 +135,7 @@ def test_the_judge_is_asked_once_per_prompt_and_never_shown_names_or_checks(tmp_
 
 
 def test_a_second_run_asks_nothing_and_writes_the_same_bytes(tmp_path):
-    files = ("rankings.jsonl", "audit.json")
+    files = ("rankings.jsonl", "judgments.jsonl", "audit.json", "prompts.jsonl")
     with FakeServer(answer) as server:
         first = stage(server.url, tmp_path)
         before = [(tmp_path / "out" / name).read_bytes() for name in files]
@@ -141,6 +147,8 @@ def test_a_second_run_asks_nothing_and_writes_the_same_bytes(tmp_path):
     assert sorted(entry.name for entry in (tmp_path / "out").iterdir()) == [
         "audit.json",
         "calls.sqlite",
+        "judgments.jsonl",
+        "prompts.jsonl",
         "rankings.jsonl",
     ]
 
@@ -164,7 +172,7 @@ def test_a_killed_stage_resumes_to_the_same_bytes_and_pays_only_for_calls_in_fli
         again = Counter(json.dumps(call) for call in server.calls)
     assert sum(again.values()) == 24 - num_answered
     assert not again - whole_calls
-    for name in ("rankings.jsonl", "audit.json"):
+    for name in ("rankings.jsonl", "judgments.jsonl", "audit.json"):
         killed = (tmp_path / "killed" / "out" / name).read_bytes()
         assert killed == (tmp_path / "whole" / "out" / name).read_bytes()
     assert ledger_rows(tmp_path / "killed" / "out" / "calls.sqlite") == ledger_rows(
@@ -187,6 +195,40 @@ def die_after_calls(server, folder):
     os._exit(0)
 
 
+def test_what_a_kill_left_half_written_is_removed(tmp_path):
+    left = tmp_path / "out" / ".tmp-123-rankings.jsonl"
+    left.parent.mkdir()
+    left.write_text("half a li")
+    with FakeServer(answer) as server:
+        stage(server.url, tmp_path)
+    assert not left.exists()
+
+
+def test_a_signal_stops_the_stage_after_the_call_that_is_being_stored(tmp_path):
+    context = make_context()
+
+    def script(body, n):
+        # The third of 20 calls of the round's first candidate.
+        if len(server.calls) == 3:
+            context.stop.signal_number = 15
+        return answer(body, n)
+
+    with FakeServer(script) as server:
+        with pytest.raises(Stopped):
+            stage(server.url, tmp_path, rows=prompt_rows(20), batch=20, context=context)
+        # What was in flight (4 at a time and candidate) was sent, not the round's 60 calls.
+        assert len(server.calls) < 45
+        num_kept = sum(
+            row["state"] == "answered" for row in ledger_rows(tmp_path / "out" / "calls.sqlite")
+        )
+        assert num_kept >= 1
+        context.stop.signal_number = None
+        server.calls.clear()
+        stage(server.url, tmp_path, rows=prompt_rows(20), batch=20)
+        assert len(server.calls) <= 80 + 2 - num_kept
+    assert len(read_rankings(tmp_path)) == 20
+
+
 def test_a_signal_stops_the_stage_between_rounds(tmp_path):
     with FakeServer(answer) as server, pytest.raises(Stopped):
         stage(server.url, tmp_path, stop=15)
@@ -202,7 +244,7 @@ def test_equal_answers_are_merged_and_a_prompt_with_one_distinct_answer_is_skipp
         with pytest.raises(DataError, match="nothing to rank"):
             stage(server.url, tmp_path / "alike", candidates=(("echo", 3),))
     audit = json.loads((tmp_path / "out" / "audit.json").read_text())
-    assert audit["answers"]["merged"] == 12
+    assert audit["candidates"]["merged"] == 12
     assert list(audit["models"]) == ["from-echo", "from-good"]
 
 
@@ -220,7 +262,7 @@ def test_verdicts_that_cannot_be_read_are_counted_up_to_the_allowed_share(tmp_pa
     rows = read_rankings(tmp_path)
     assert [row.id for row in rows] == ["q0", "q1", "q2", "q4", "q5"]
     audit = json.loads((tmp_path / "out" / "audit.json").read_text())
-    assert audit["unparsed_examples"][0]["id"] == "q3"
+    assert audit["judge"]["examples"][0]["id"] == "q3"
     assert not (tmp_path / "strict" / "out" / "rankings.jsonl").exists()
 
 
@@ -262,6 +304,112 @@ def test_prompts_left_without_two_answers_by_failures_count_as_failures(tmp_path
         stage(server.url, tmp_path, candidates=(("good", 1), ("bad", 1)))
 
 
+def read_judgments(folder):
+    lines = (folder / "out" / "judgments.jsonl").read_text().splitlines()
+    about, *rest = map(json.loads, lines)
+    return about, rest
+
+
+def test_every_prompt_has_a_line_of_what_the_judge_was_asked_and_said(tmp_path):
+    def script(body, n):
+        if body["model"] == "judge" and "question 2" in body["messages"][-1]["content"]:
+            return Say(completion("I like them all."))
+        if body["model"] == "bad" and "question 4" in body["messages"][-1]["content"]:
+            return error(400, "no")
+        return answer(body, n)
+
+    with FakeServer(script) as server:
+        stage(server.url, tmp_path, allowed_failures=0.2)
+    about, lines = read_judgments(tmp_path)
+    assert (about["judge"], about["own"]) == ("judge", [])
+    assert about["prompts"]["kept"] == 6
+    assert [each["id"] for each in lines] == [f"q{n}" for n in range(6)]
+    assert [each["outcome"] for each in lines] == ["ranked"] * 2 + ["unparsed"] + ["ranked"] * 3
+    assert "no ranking" in lines[2]["reason"]
+    assert lines[2]["votes"][0]["text"] == "I like them all."
+    assert [len(each["failed"]) for each in lines] == [0, 0, 0, 0, 1, 0]
+    for row, each in zip(read_rankings(tmp_path), lines[:2] + lines[3:], strict=True):
+        assert each["ranks"] == [answer.rank for answer in row.answers]
+        [vote] = each["votes"]
+        # The votes' ranks are by place; the row's by answer.
+        assert [each["ranks"][index] for index in vote["presented"]] == vote["ranks"]
+        assert vote["response_tokens"] > 0
+        assert not {"seconds", "usd"} & set(vote)
+
+
+def test_answers_that_stand_in_a_row_are_ranked_in_front_of_new_ones(tmp_path):
+    rows = prompt_rows(3)
+    for row in rows:
+        row["answers"] = [{"answer": "This is right, and kept.", "model": "old", "rank": 4.0}]
+    with FakeServer(answer) as server:
+        stage(server.url, tmp_path / "both", rows=rows, candidates=(("bad", 1),))
+        calls = len(server.calls)
+        for row in rows:
+            row["answers"].append({"answer": "Wrong.", "model": "older"})
+        summary = stage(server.url, tmp_path / "alone", rows=rows, candidates=())
+        # Only the judge was asked.
+        assert len(server.calls) == calls + 3
+    [row, *_] = read_rankings(tmp_path / "both")
+    assert [(each.model, each.rank) for each in row.answers] == [("old", 1), ("from-bad", 2)]
+    assert summary.figures["answers_per_prompt"] == 2
+
+
+def test_prompts_without_two_answers_say_whether_these_were_alike_or_too_few(tmp_path):
+    rows = prompt_rows(3)
+    rows[0]["answers"] = [{"answer": "The same words.", "model": "old"}]
+    rows[1]["answers"] = [{"answer": "Others.", "model": "old"}]
+    with FakeServer(answer) as server:
+        summary = stage(server.url, tmp_path, rows=rows, candidates=(("echo", 1),))
+    assert [each["outcome"] for each in read_judgments(tmp_path)[1]] == [
+        "answers alike",
+        "ranked",
+        "too few answers",
+    ]
+    assert "(1 answers alike, 1 too few answers)" in summary.sentence
+
+
+def test_canaries_are_judged_beside_the_rankings_and_stay_out_of_them(tmp_path):
+    rows = prompt_rows(40)
+    with FakeServer(answer) as server:
+        stage(server.url, tmp_path / "without", rows=rows, canaries=0)
+        assert Counter(call["model"] for call in server.calls)["judge"] == 40
+        server.calls.clear()
+        stage(server.url, tmp_path / "with", rows=rows)
+        assert Counter(call["model"] for call in server.calls)["judge"] == 44
+    first, second = (tmp_path / name / "out" / "rankings.jsonl" for name in ("without", "with"))
+    assert first.read_bytes() == second.read_bytes()
+    canaries = [each for each in read_judgments(tmp_path / "with")[1] if "canary" in each]
+    assert len({each["canary"] for each in canaries}) == len(canaries) == 4
+    # This judge sees that none of them is right, as the last answer was not; then it likes brevity.
+    ranked = {row.id: row for row in read_rankings(tmp_path / "with")}
+    for each in canaries:
+        assert ranked[each["id"]].answers[each["index"]].rank == 3
+        assert each["ranks"][each["index"]] == 3
+    audit = json.loads((tmp_path / "with" / "out" / "audit.json").read_text())
+    assert {name: each["wins"] for name, each in audit["canaries"].items()} == dict.fromkeys(
+        ("null model", "bare ranking", "rank me first", "forged verdict"), 0
+    )
+
+
+def test_a_rubric_judges_canaries_too(tmp_path):
+    with FakeServer(answer) as server:
+        judge = JudgeSection(kind="rubric")
+        stage(server.url, tmp_path, rows=prompt_rows(10), judge=judge, canaries=3)
+    [canary] = [each for each in read_judgments(tmp_path)[1] if "canary" in each]
+    assert canary["ranks"][canary["index"]] == 3
+
+
+def test_progress_counts_calls_and_the_sentence_says_what_was_made_and_what_is_next(
+    tmp_path, capsys
+):
+    with FakeServer(answer) as server:
+        sentence = stage(server.url, tmp_path).sentence
+    # Six prompts, three answers and a ranking each.
+    assert re.search(r"^feedback  24/24  100%  done in \d+s  24 calls", capsys.readouterr().err)
+    assert sentence.startswith("Ranked 6 of 6 prompts, 3.0 answers each, too few to see a prefer")
+    assert "starling reward" in sentence
+
+
 def test_a_rubric_judges_by_the_prompts_checks(tmp_path):
     with FakeServer(answer) as server:
         stage(server.url, tmp_path, judge=JudgeSection(kind="rubric"))
@@ -282,7 +430,6 @@ def test_a_limit_is_drawn_and_bad_rows_are_put_aside(tmp_path):
 @pytest.mark.parametrize(
     ("candidates", "said"),
     [
-        ((("good", 1),), "1 answer"),
         ((("good", 20), ("bad", 7)), "27 answer"),
         ((("good", 1), ("good", 1)), "stands twice"),
     ],
@@ -292,16 +439,3 @@ def test_candidates_that_cannot_be_ranked_are_refused_before_any_call(tmp_path, 
         with pytest.raises(ValidationError, match=said):
             stage(server.url, tmp_path, candidates=candidates)
         assert server.calls == []
-
-
-def test_nectars_one_string_form_goes_there_and_back():
-    messages = (
-        Message(role="user", content="hi"),
-        Message(role="assistant", content="hello"),
-        Message(role="user", content="bye"),
-    )
-    text = nectar_prompt(messages)
-    assert text == "\n\nHuman: hi\n\nAssistant: hello\n\nHuman: bye\n\nAssistant: "
-    assert split_nectar_prompt(text) == messages
-    system = (Message(role="system", content="be brief"), Message(role="user", content="hi"))
-    assert nectar_prompt(system) == "\n\nHuman: be brief\n\nhi\n\nAssistant: "

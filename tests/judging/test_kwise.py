@@ -5,6 +5,8 @@ import re
 from itertools import combinations, permutations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from starling.data.records import Message
 from starling.judging.judge import Comparison, Unparsed
@@ -37,6 +39,9 @@ def letters(text, k):
         ("[\n  ['B'],\n  ['A'],\n  ['C']\n]", "BAC"),
         ("[ ['B', 'A', 'C'] ]", "BAC"),
         ("**Final ranking: [[`B`, `A`, `C`]]**", "BAC"),
+        ("```\n[['B', 'A', 'C']]\n```", "BAC"),
+        ("[['B', 'A', 'C']]\nSources: [1], [2].", "BAC"),
+        ("[['B', 'A', 'C']]\n[['B', 'A', 'C']]", "BAC"),
         ("first ['A', 'B', 'C'] then ['B', 'C', 'A']", "BCA"),
         ("Final ranking: B, C, A.", "BCA"),
         ("A, B, C at first; in the end C, B, A", "CBA"),
@@ -66,6 +71,12 @@ def test_a_full_ranking_is_read_in_every_form_that_judges_write(text, expected):
         "('A', 'B', 'C')",
         "A, B",
         "[[]]",
+        # Another notation than the one that was asked for: which way round it is meant is a guess.
+        "B > A > C",
+        "1. B\n2. A\n3. C",
+        "[['B.', 'A.', 'C.']]",
+        "[['Answer B', 'Answer A', 'Answer C']]",
+        "\u3010\u3010'B', 'A', 'C'\u3011\u3011",
     ],
 )
 def test_anything_but_every_label_once_is_unparsed(text):
@@ -184,6 +195,23 @@ def test_twenty_six_answers_are_lettered_and_read():
     assert "<<answer Z " in seen.messages[-1].content
     order = parse_ranking("[[" + ", ".join("ZYXWVUTSRQPONMLKJIHGFEDCBA") + "]]", 26)
     assert order == list(range(25, -1, -1))
+
+
+@given(
+    st.lists(
+        st.sampled_from(["[", "]", "[[", "]]", ",", " ", "\n", "'", "A", "B", "C", ">"])
+        | st.text(max_size=3),
+        max_size=30,
+    ).map("".join),
+    st.integers(2, 4),
+)
+def test_whatever_is_written_it_is_every_label_once_or_unparsed(text, k):
+    order = parse_ranking(text, k)
+    if isinstance(order, Unparsed):
+        assert order.reason
+        assert order.text == text
+    else:
+        assert sorted(order) == list(range(k))
 
 
 @pytest.mark.real_data

@@ -2,20 +2,28 @@
 
 import os
 import sqlite3
+from contextlib import closing
+from dataclasses import replace
 from itertools import islice
 
 import pytest
 
 from ledgers import ledger_rows
-from starling.base.errors import DataError
+from models.fake_server import FakeServer, Say, completion, error
+from starling.base.errors import DataError, InputError, Stopped
+from starling.base.spending import Price, Spending
 from starling.data.records import Message
 from starling.judging.recorded import Recorded
+from starling.models import endpoint
 from starling.models.interfaces import Failure, Reply, Request, Sampling, Usage
 
 
 def request(text, id=None, seed=0):
     sampling = Sampling(max_tokens=9, temperature=1.0, seed=seed)
     return Request(id or text, (Message(role="user", content=text),), sampling)
+
+
+USAGE = Usage(900, 50)
 
 
 class Shop:
@@ -250,3 +258,271 @@ def test_rows_hold_no_clock(tmp_path):
     rows = ledger_rows(tmp_path / "one.sqlite")
     assert rows == ledger_rows(tmp_path / "two.sqlite")
     assert [row["key"] for row in rows] == sorted(row["key"] for row in rows)
+
+
+class Crowd(Shop):
+    """Has eight calls in flight, like an endpoint: takes the next request when one has ended."""
+
+    def __init__(self, usage=USAGE, **options):
+        super().__init__(**options)
+        self.usage = usage
+
+    def respond(self, requests):
+        flying, source = [], iter(requests)
+        while flying := [*flying, *islice(source, 8 - len(flying))]:
+            each = flying.pop(0)
+            self.bought.append(each.messages[-1].content)
+            yield Reply(each.id, "x", "stop", self.usage, seconds=1.5)
+
+
+def buy(shop, path, number, spending, model="m"):
+    """Ask so many questions; the outcomes, and what ended it."""
+    outcomes = []
+    with Recorded(shop, path, spending=spending, model=model) as recorded:
+        try:
+            for outcome in recorded.respond([request(f"q{n}") for n in range(number)]):
+                outcomes.append(outcome)
+        except InputError as error:
+            return outcomes, str(error)
+    return outcomes, None
+
+
+# A reply of 900 tokens read and 50 written costs a tenth of a cent.
+PRICES = {"m": Price(input=1.0, output=2.0)}
+
+
+@pytest.mark.parametrize(
+    ("cap", "words"),
+    [
+        ({"max_calls": 20}, "max_calls is 20, and 20 calls were made"),
+        ({"max_usd": 0.02}, "max_usd is $0.02, and $0.02 are spent"),
+        ({"max_tokens": 19_000}, "max_tokens is 19,000, and 19,000 tokens were used"),
+    ],
+)
+def test_a_cap_is_kept_within_the_calls_in_flight_and_what_they_bring_is_kept(tmp_path, cap, words):
+    path = tmp_path / "calls.sqlite"
+    spending = Spending(PRICES, **cap)
+    shop = Crowd()
+    outcomes, said = buy(shop, path, 100, spending)
+    assert words in said
+    assert str(path) in said
+    assert "--run.max-usd, --run.max-calls, --run.max-tokens" in said
+    # The twentieth fills the cap; the seven others in flight by then are waited for.
+    assert len(outcomes) == len(shop.bought) == 27
+    assert spending.totals()["m"]["calls"] == 27
+    assert {row["state"] for row in ledger_rows(path)} == {"answered"}
+    assert len(ledger_rows(path)) == 27
+
+
+def test_a_raised_cap_goes_on_where_the_lower_one_ended(tmp_path):
+    path = tmp_path / "calls.sqlite"
+    buy(Crowd(), path, 100, Spending(max_calls=20))
+    shop, spending = Crowd(), Spending(max_calls=20)
+    outcomes, said = buy(shop, path, 100, spending)
+    assert "27 calls were made" in said  # an earlier run's calls count
+    assert shop.bought == []
+    assert len(outcomes) == 27
+    shop, spending = Crowd(), Spending(max_calls=101)
+    outcomes, said = buy(shop, path, 100, spending)
+    assert said is None
+    assert len(outcomes) == 100
+    assert len(shop.bought) == 73
+    assert spending.totals()["m"]["calls"] == 100
+
+
+def test_a_cap_that_the_last_call_fills_ends_nothing(tmp_path):
+    outcomes, said = buy(Crowd(), tmp_path / "calls.sqlite", 20, Spending(max_calls=20))
+    assert (len(outcomes), said) == (20, None)
+
+
+def test_a_local_model_is_free_even_when_the_caps_are_reached(tmp_path):
+    spending = Spending(max_calls=1)
+    spending.charge("m", calls=1)
+    outcomes, said = buy(Shop(together=True), tmp_path / "calls.sqlite", 3, spending, model=None)
+    assert (len(outcomes), said) == (3, None)
+    assert spending.totals()["m"]["calls"] == 1
+    assert outcomes[0].usd is None
+
+
+def test_replies_say_what_they_cost_and_how_long_they_took_also_from_the_ledger(tmp_path):
+    path = tmp_path / "calls.sqlite"
+    for _ in range(2):
+        [reply], _ = buy(Crowd(), path, 1, Spending(PRICES))
+        assert reply.usd == pytest.approx(0.001)
+        assert reply.seconds == 1.5
+    assert [row["seconds"] for row in ledger_rows(path, "timing")] == [1.5]
+
+
+@pytest.mark.parametrize("usage", [Usage(0, 50), Usage(900, 0)])
+def test_replies_without_a_count_end_a_run_whose_cap_needs_it(tmp_path, usage):
+    path = tmp_path / "calls.sqlite"
+    shop = Crowd(usage)
+    outcomes, said = buy(shop, path, 100, Spending(max_tokens=10**9))
+    assert "does not say how many tokens" in said
+    assert "--run.max-calls" in said
+    assert len(outcomes) == 8  # what was in flight is kept
+    with pytest.raises(InputError, match="max_tokens cannot be kept"):
+        Recorded(Shop(), path, spending=Spending(max_tokens=10**9), model="m")
+    _, said = buy(shop, path, 100, Spending(max_calls=100))
+    assert said is None
+
+
+def test_a_cap_in_dollars_on_a_model_without_a_price_is_refused_before_any_call(tmp_path):
+    with pytest.raises(InputError, match=r"no price of 'other'.*max-calls"):
+        Recorded(
+            Shop(), tmp_path / "c.sqlite", spending=Spending(PRICES, max_usd=1.0), model="other"
+        )
+
+
+class Stumbling(Shop):
+    """Every call fails twice; some never succeed."""
+
+    def respond(self, requests):
+        for each in super().respond(requests):
+            yield replace(each, failed_attempts=("busy", "reset"))
+
+
+def test_every_attempt_stands_in_the_ledger_and_is_a_call(tmp_path):
+    path = tmp_path / "calls.sqlite"
+    spending = Spending(PRICES)
+    with Recorded(Stumbling(broken={"b"}), path, spending=spending, model="m") as recorded:
+        list(recorded.respond([request("a"), request("b")]))
+    names = {row["key"]: row["request_id"] for row in ledger_rows(path)}
+    attempts = [
+        (names[row["key"]], row["number"], row["reason"]) for row in ledger_rows(path, "attempts")
+    ]
+    assert sorted(attempts) == [
+        ("a", 1, "busy"),
+        ("a", 2, "reset"),
+        ("b", 1, "busy"),
+        ("b", 2, "reset"),
+        ("b", 3, "out of order"),
+    ]
+    assert spending.totals()["m"]["calls"] == 6
+
+    later = Spending(PRICES)
+    with Recorded(Shop(), path, spending=later, model="m") as recorded:
+        assert later.totals()["m"] == {
+            "calls": 6,
+            "prompt_tokens": 4,
+            "response_tokens": 2,
+            "usd": pytest.approx(8e-6),
+        }
+        list(recorded.respond([request("a"), request("b")]))
+    assert later.totals()["m"]["calls"] == 7
+    assert len(ledger_rows(path, "attempts")) == 5
+
+
+def test_calls_that_were_lost_may_have_been_paid_for_and_are_charged(tmp_path):
+    path = tmp_path / "calls.sqlite"
+    killed_after(4, path, list("abcdefgh"))
+    spending = Spending()
+    with Recorded(Shop(), path, spending=spending, model="m"):
+        assert spending.totals()["m"]["calls"] == 4 + 3
+        assert spending.totals()["m"]["prompt_tokens"] == 4 * 4
+
+
+def test_one_ledger_opened_twice_in_a_run_is_charged_once(tmp_path):
+    path = tmp_path / "calls.sqlite"
+    spending = Spending()
+    for _ in range(3):
+        buy(Crowd(), path, 5, spending)
+    buy(Crowd(identity="other"), path, 5, spending)
+    assert spending.totals()["m"]["calls"] == 10
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_the_watch_is_called_when_an_outcome_is_stored_and_may_stop(tmp_path, together):
+    path = tmp_path / "calls.sqlite"
+    seen = []
+
+    def watch():
+        seen.append(sum(row["state"] == "answered" for row in ledger_rows(path)))
+        if len(seen) == 3:
+            raise Stopped(2)
+
+    with Recorded(Shop(together=together), path) as recorded:
+        recorded.watch = watch
+        with pytest.raises(Stopped):
+            list(recorded.respond([request(text) for text in "abcde"]))
+    assert seen == ([5, 5, 5] if together else [1, 2, 3])
+    shop, seen = Shop(together=together), []
+    with Recorded(shop, path) as recorded:
+        recorded.watch = lambda: seen.append(0)
+        list(recorded.respond([request(text) for text in "abcde"]))
+    assert len(seen) == 5
+    assert shop.bought == ([] if together else ["d", "e"])
+
+
+def test_a_stop_leaves_what_was_in_flight_as_unknown(tmp_path):
+    path = tmp_path / "calls.sqlite"
+
+    def watch():
+        raise Stopped(2)
+
+    with Recorded(Crowd(), path) as recorded:
+        recorded.watch = watch
+        with pytest.raises(Stopped):
+            list(recorded.respond([request(f"q{n}") for n in range(20)]))
+    with Recorded(Crowd(), path) as recorded:
+        assert recorded.stats.unknown == 7
+    assert len(ledger_rows(path, "lost")) == 7
+
+
+def test_an_endpoint_s_attempts_are_stored_as_they_fail_and_a_cap_ends_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(endpoint, "FIRST_WAIT_SECONDS", 0.01)
+    path = tmp_path / "calls.sqlite"
+    with FakeServer(lambda body, n: error(500, "oops")) as server:
+        outcomes, said = buy(
+            endpoint.Endpoint(server.url, "m", retries=100), path, 1, Spending(max_calls=3)
+        )
+    assert len(server.calls) == 3
+    assert "max_calls is 3, and 3 calls were made" in said
+    assert isinstance(outcomes[0], Failure)
+    assert len(ledger_rows(path, "attempts")) == 3
+    assert all("500" in row["reason"] for row in ledger_rows(path, "attempts"))
+
+
+def test_attempts_of_a_call_that_a_stop_cuts_off_stand_in_the_ledger(tmp_path, monkeypatch):
+    monkeypatch.setattr(endpoint, "FIRST_WAIT_SECONDS", 0.01)
+    path = tmp_path / "calls.sqlite"
+    found = []
+
+    def script(body, n):
+        if n == 2:
+            found.extend(ledger_rows(path, "attempts"))
+        return error(500, "oops") if n < 2 else Say(completion("hi"))
+
+    with FakeServer(script) as server:
+        [reply], _ = buy(endpoint.Endpoint(server.url, "m"), path, 1, Spending())
+    assert len(found) == len(reply.failed_attempts) == 2
+    assert ledger_rows(path, "attempts") == found
+
+
+def test_a_ledger_of_before_the_attempts_were_kept_still_opens(tmp_path):
+    path = tmp_path / "calls.sqlite"
+    ask(Shop(), path, ["a"])
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute("DROP TABLE attempts")
+        connection.execute("DROP TABLE timing")
+        connection.commit()
+    shop = Shop()
+    outcomes, _ = ask(shop, path, ["a", "b"])
+    assert shop.bought == ["b"]
+    assert outcomes[0].seconds is None
+
+
+def test_an_answer_that_is_no_reply_is_paid_for_in_every_run(tmp_path):
+    path = tmp_path / "calls.sqlite"
+    with FakeServer(lambda body, n: Say(completion("", finish_reason="length"))) as server:
+        judge = endpoint.Endpoint(server.url, "m")
+        spending = Spending()
+        buy(judge, path, 2, spending)
+        counted = {"calls": 2, "prompt_tokens": 14, "response_tokens": 6, "usd": None}
+        assert spending.totals()["m"] == counted
+        again = Spending(max_tokens=35)
+        outcomes, said = buy(judge, path, 2, again)
+    # Twenty tokens were used before, and each answer takes ten more.
+    assert again.totals()["m"]["prompt_tokens"] == 28
+    assert [outcome.reason for outcome in outcomes] == ["the reply is empty (cut at 9 tokens)"] * 2
+    assert said is None

@@ -59,9 +59,7 @@ def test_noise_never_leaves_the_scale():
 
 
 def test_equal_answers_are_ordered_by_a_coin_and_not_by_position():
-    firsts = sum(
-        verdict.ranks[verdict.presented[0]] == 1 for verdict in rank([PLAIN, PLAIN], n=400)
-    )
+    firsts = sum(verdict.votes[0].ranks[0] == 1 for verdict in rank([PLAIN, PLAIN], n=400))
     # 200 expected, standard deviation 10: five of them.
     assert 150 < firsts < 250
 
@@ -69,7 +67,7 @@ def test_equal_answers_are_ordered_by_a_coin_and_not_by_position():
 def test_position_bias_favours_the_first_by_the_stated_amount():
     # Equal grades and no noise: any bias decides every comparison.
     for verdict in rank([PLAIN] * 4, n=20, position_bias=0.001):
-        assert [verdict.ranks[index] for index in verdict.presented] == [1, 2, 3, 4]
+        assert verdict.votes[0].ranks == (1, 2, 3, 4)
 
 
 def test_noise_turns_some_close_comparisons_round_and_the_same_ones_again():

@@ -1,10 +1,12 @@
 """An OpenAI-compatible server that answers as a script says: the faults are real HTTP."""
 
 import json
+import socket
+import struct
 import threading
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
@@ -65,6 +67,7 @@ class Say:
     headers: dict[str, str] = field(default_factory=dict)
     delay_seconds: float = 0.0
     cut: bool = False
+    reset: bool = False
     pieces: Iterable[str] | None = None
 
 
@@ -138,7 +141,13 @@ class FakeServer:
         time.sleep(say.delay_seconds)
         with self._lock:
             self.num_open -= 1
-        if say.pieces is not None:
+        if say.reset:
+            # The system then sends RST in place of FIN.
+            linger = struct.pack("ii", 1, 0)
+            handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+            handler.connection.close()
+            handler.close_connection = True
+        elif say.pieces is not None:
             self._stream(handler, say)
         else:
             self._write(handler, say)
@@ -176,3 +185,8 @@ class FakeServer:
 
 def asked(body):
     return body["prompt"] if "prompt" in body else body["messages"][-1]["content"]
+
+
+def untimed(outcome):
+    """An outcome without what no test can foresee."""
+    return replace(outcome, seconds=None) if hasattr(outcome, "seconds") else outcome

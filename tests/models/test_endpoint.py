@@ -3,6 +3,7 @@
 import asyncio
 import json
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -10,11 +11,12 @@ import time
 from contextlib import closing
 
 import pytest
-from fake_server import FakeServer, Say, asked, completion, error
+from fake_server import FakeServer, Say, asked, completion, error, untimed
 
 from starling.base.errors import InputError
 from starling.data.records import Message
 from starling.models import endpoint as endpoint_module
+from starling.models import loop as loop_module
 from starling.models.endpoint import Endpoint
 from starling.models.interfaces import Failure, Reply, Request, Sampling, Usage
 
@@ -41,7 +43,7 @@ def request(text="hello", id=None, mode=None):
 def ask_one(script, **options):
     with FakeServer(script) as server:
         [outcome] = Endpoint(server.url, "m", **options).respond([request()])
-    return outcome, server
+    return untimed(outcome), server
 
 
 def test_a_reply_carries_text_usage_and_finish_reason():
@@ -68,6 +70,62 @@ def test_a_rate_limit_is_waited_out_for_as_long_as_the_server_says():
     assert server.times[1] - server.times[0] >= 0.4
 
 
+def test_a_rate_limit_without_a_time_is_waited_out_longer_each_time(monkeypatch):
+    monkeypatch.setattr(endpoint_module, "FIRST_WAIT_SECONDS", 0.2)
+    limited = error(429, "slow down")
+    outcome, server = ask_one(lambda body, n: limited if n < 2 else Say(completion("hi")))
+    assert isinstance(outcome, Reply)
+    # A wait is between half of its nominal length and all of it.
+    assert server.times[1] - server.times[0] >= 0.1
+    assert server.times[2] - server.times[1] >= 0.2
+    assert all("429" in reason for reason in outcome.failed_attempts)
+
+
+def test_a_reply_says_how_long_it_took_and_which_attempts_failed_before():
+    def script(body, n):
+        return error(500, f"oops {n}") if n < 2 else Say(completion("hi"), delay_seconds=0.2)
+
+    with FakeServer(script) as server:
+        [reply] = Endpoint(server.url, "m").respond([request()])
+    assert 0.2 <= reply.seconds < server.times[2] - server.times[0] + 5.0
+    assert [reason.rpartition(" ")[2] for reason in reply.failed_attempts] == ["0", "1"]
+
+
+def test_a_failure_says_which_attempts_failed_before_its_last():
+    outcome, _ = ask_one(lambda body, n: error(500, f"oops {n}"), retries=2)
+    assert "oops 2 (3 attempts)" in outcome.reason
+    assert [reason.rpartition(" ")[2] for reason in outcome.failed_attempts] == ["0", "1"]
+
+
+def test_leave_is_asked_before_an_attempt_is_repeated():
+    told = []
+
+    def may_retry(request, reason):
+        told.append((request.id, reason.rpartition(" ")[2], len(server.calls)))
+        return len(told) < 2
+
+    with FakeServer(lambda body, n: error(500, f"oops {n}")) as server:
+        [outcome] = Endpoint(server.url, "m").respond([request()], may_retry)
+    assert told == [("hello", "0", 1), ("hello", "1", 2)]
+    assert isinstance(outcome, Failure)
+    assert len(outcome.failed_attempts) == 1
+    assert len(server.calls) == 2
+
+
+def test_calls_go_on_while_the_caller_does_something_else():
+    def script(body, n):
+        return error(500, "oops") if asked(body) == "b" and n < 3 else Say(completion("hi"))
+
+    with FakeServer(script) as server:
+        outcomes = Endpoint(server.url, "m", concurrency=2).respond([request("a"), request("b")])
+        assert next(outcomes).request_id == "a"
+        end = time.monotonic() + 10
+        while len(server.calls) < 5 and time.monotonic() < end:
+            time.sleep(0.01)  # the caller's thread, in which no loop runs
+        assert [asked(call) for call in server.calls].count("b") == 4
+        assert next(outcomes).text == "hi"
+
+
 def test_a_wait_of_hours_is_a_failure_at_once():
     limited = error(429, "daily limit", headers={"Retry-After": "7200"})
     outcome, server = ask_one(lambda body, n: limited)
@@ -88,6 +146,33 @@ def test_a_cut_connection_is_tried_again():
     outcome, server = ask_one(lambda body, n: Say(completion("hi"), cut=n == 0))
     assert isinstance(outcome, Reply)
     assert len(server.calls) == 2
+
+
+def test_a_reset_connection_is_tried_again_and_said_to_have_broken():
+    outcome, server = ask_one(lambda body, n: Say(reset=True), retries=1)
+    assert isinstance(outcome, Failure)
+    assert "the connection broke" in outcome.reason
+    assert len(server.calls) == 2
+
+
+def test_a_server_that_does_not_speak_http_is_a_failure_after_the_retries():
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def speak():
+            for _ in range(2):
+                connection, _ = listening.accept()
+                with connection:
+                    connection.recv(65536)
+                    connection.sendall(b"220 mail.example.org ESMTP\r\n\r\n")
+
+        thread = threading.Thread(target=speak)
+        thread.start()
+        url = f"http://127.0.0.1:{listening.getsockname()[1]}/v1"
+        [outcome] = Endpoint(url, "m", retries=1).respond([request()])
+        thread.join()
+    assert isinstance(outcome, Failure)
+    assert "the connection broke" in outcome.reason
+    assert "2 attempts" in outcome.reason
 
 
 def test_a_call_that_takes_too_long_is_tried_again_and_then_fails():
@@ -113,6 +198,7 @@ def test_a_server_that_is_not_there_is_a_failure_after_the_retries():
         "<html>welcome</html>",
         "",
         "[]",
+        completion("half a reply")[:-40],
         '{"choices": []}',
         '{"choices": [{"message": {"content": 5}, "finish_reason": "stop"}]}',
         '{"choices": [{"message": {"content": "half \\ud800"}, "finish_reason": "stop"}]}',
@@ -130,6 +216,20 @@ def test_an_empty_reply_is_a_failure(text):
     outcome, _ = ask_one(lambda body, n: Say(completion(text)))
     assert isinstance(outcome, Failure)
     assert "empty" in outcome.reason
+
+
+def test_an_empty_reply_that_was_cut_says_at_which_length():
+    outcome, _ = ask_one(lambda body, n: Say(completion("", finish_reason="length")))
+    assert "cut at 11 tokens" in outcome.reason
+    assert outcome.usage == Usage(7, 3)  # written where nobody sees it, and paid for
+
+
+def test_a_refusal_is_a_failure_in_the_models_words_and_not_asked_again():
+    choice = REFUSAL | {"message": {"content": None, "refusal": "I cannot judge that."}}
+    outcome, server = ask_one(lambda body, n: Say(json.dumps({"choices": [choice]})))
+    assert isinstance(outcome, Failure)
+    assert outcome.reason == "the model refused: I cannot judge that."
+    assert len(server.calls) == 1
 
 
 @pytest.mark.parametrize("finish_reason", ["content_filter", "tool_calls", None])
@@ -371,7 +471,57 @@ raise LookupError("a bug")
         command = [sys.executable, "-c", program, server.url]
         ended = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
     assert ended.returncode == 1
-    assert "a bug" in ended.stderr
+    assert ended.stderr.endswith("LookupError: a bug\n")
+    assert ended.stderr.count("Error") == 1
+    assert "Unclosed" not in ended.stderr
+
+
+@pytest.fixture
+def file_limit(monkeypatch):
+    """Plays a system's limits: set(soft, hard) begins, and what is set is kept in it."""
+
+    class Limit:
+        RLIMIT_NOFILE, RLIM_INFINITY = 7, -1
+        limits = (0, 0)
+
+        def getrlimit(self, which):
+            assert which == self.RLIMIT_NOFILE
+            return self.limits
+
+        def setrlimit(self, which, limits):
+            assert which == self.RLIMIT_NOFILE
+            self.limits = limits
+
+    limit = Limit()
+    monkeypatch.setattr(loop_module, "resource", limit)
+    return limit
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ((1024, 4096), (1064, 4096)),
+        ((1024, -1), (1064, -1)),
+        ((1064, 1064), (1064, 1064)),
+        ((-1, -1), (-1, -1)),
+    ],
+)
+def test_many_connections_raise_the_limit_of_open_files_as_far_as_needed(file_limit, before, after):
+    file_limit.limits = before
+    loop_module.allow_connections(1000)
+    assert file_limit.limits == after
+
+
+def test_more_connections_than_the_system_allows_are_refused_in_words(file_limit):
+    file_limit.limits = (256, 512)
+    with pytest.raises(InputError, match=r"1000 calls.*process 512.*concurrency to 448"):
+        list(Endpoint("http://localhost:1/v1", "m", concurrency=1000).respond([request()]))
+    assert file_limit.limits == (256, 512)
+
+
+def test_where_there_is_no_such_limit_none_is_looked_for(monkeypatch):
+    monkeypatch.setattr(loop_module, "resource", None)
+    loop_module.allow_connections(10**6)
 
 
 def test_the_identity_names_address_and_model():

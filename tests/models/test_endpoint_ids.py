@@ -1,7 +1,7 @@
 """Prompts as token ids over real HTTP: what is typed stays text, and ids come back."""
 
 import pytest
-from fake_server import FakeServer, Say, error, raw_completion, stream
+from fake_server import FakeServer, Say, error, raw_completion, stream, untimed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
@@ -45,7 +45,7 @@ def request(content="hello", mode=None, **sampling):
 def ask_one(script, codec, asked):
     with FakeServer(script) as server:
         [outcome] = Endpoint(server.url, "m", codec=codec).respond([asked])
-    return outcome, server
+    return untimed(outcome), server
 
 
 def stream_one(script, codec, asked):

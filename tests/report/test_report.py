@@ -78,6 +78,22 @@ def answer_rows() -> list[dict]:
     ]
 
 
+def audit() -> dict:
+    shares = {str(n): {"winner_share": estimate(share)} for n, share in enumerate((0.5, 0.3, 0.2))}
+    table = {"verdicts": 30, "places": shares}
+    table |= {"chi_square": 4.2, "critical_99": 9.2, "is_biased": False}
+    group = {"mean_rank": estimate(1.7), "win_share": estimate(0.4)}
+    return {
+        "findings": [
+            {"name": "position", "is_concern": False, "sentence": "It is calm.", "advice": ""},
+            {"name": "length", "is_concern": True, "sentence": "Longer wins.", "advice": EVIL},
+        ],
+        "positions": {"3": table},
+        "models": {EVIL: group, "late": group},
+        "length": {"5 of 5": group},
+    }
+
+
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     folder = tmp_path / "run"
@@ -92,9 +108,7 @@ def run(tmp_path: Path) -> Path:
             for step in range(1, 21)
         ],
     )
-    table = {"k": 3, "rankings": 30, "winner_share": [0.5, 0.3, 0.2], "mean_rank": [1.7, 2.0, 2.3]}
-    table |= {"chi_square": 4.2, "critical_99": 9.2, "is_biased": False}
-    write_json(folder / "feedback" / "audit.json", {"positions": [table]})
+    write_json(folder / "feedback" / "audit.json", audit())
     write_rows(folder / "bench" / "answers.jsonl", answer_rows())
     manifest(folder, "sft", f"Tuned a policy -> {folder / 'sft' / 'model'}", seconds=12.5)
     return folder
@@ -176,7 +190,7 @@ def test_the_table_holds_the_numbers_of_summary_json(run: Path) -> None:
     page = Page(write_report(run))
     figures = summary()["bench"]
     named = {**figures["by_category"], "all": figures}
-    for row in page.rows[2:]:
+    for row in page.rows[2 : 2 + len(named)]:
         source = named.pop(row[0].partition("|")[0])
         expected = [
             (source[key][side], decimals)
@@ -210,6 +224,24 @@ def test_gold_is_graded_from_the_validation_answers(run: Path) -> None:
     golds = [point.gold.mean for point in points if point.gold]
     assert golds == pytest.approx([0.0, 1.0, 0.5])
     assert [point.step for point in points] == [0, 10, 20]
+
+
+def test_the_judges_findings_are_told_those_of_concern_first_with_what_to_do(run: Path) -> None:
+    page = Page(write_report(run))
+    assert f"Longer wins. {EVIL}" in page.text
+    assert page.text.index("Longer wins.") < page.text.index("It is calm.")
+    expected = ["8", "1.70|1.59 to 1.82", "0.40|0.29 to 0.52"]
+    tables = {row[0]: row[1:] for row in page.rows}
+    assert [tables[name] for name in (EVIL, "late", "5 of 5")] == [expected] * 3
+
+
+def test_too_few_verdicts_are_not_called_fair(run: Path) -> None:
+    report = audit()
+    report["positions"]["3"]["is_biased"] = None
+    write_json(run / "feedback" / "audit.json", report)
+    text = Page(write_report(run)).text
+    assert "too few verdicts to tell" in text
+    assert "no sign" not in text
 
 
 def test_an_answer_that_was_cut_is_graded_as_cut(run: Path) -> None:

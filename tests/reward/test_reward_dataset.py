@@ -4,13 +4,18 @@ import dataclasses
 import logging
 
 import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from starling.base.errors import DataError
+from starling.base.jsonl import read_records
 from starling.data.records import RankingRow
 from starling.models.reward_model import RewardModel
 from starling.reward.dataset import encode_rankings
 from tiny import tiny_policy_folder, tiny_reward_folder
+
+VARIANTS = (str, str.upper, str.lower, "  {}\n".format, "[INST] {} [/INST]".format, "**{}**".format)
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +83,52 @@ def test_rows_of_the_same_prompt_go_to_the_same_side_whatever_case_and_spacing(r
         sides = [{row.id.split("/")[0] for row in side} for side in (rows.train, rows.held_out)]
         assert not sides[0] & sides[1]
         assert (len(rows.train), len(rows.held_out)) == (9, 6)
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 12), st.sampled_from(VARIANTS)), min_size=2, max_size=40),
+    st.sampled_from([0.1, 0.3, 0.6]),
+    st.integers(0, 3),
+)
+def test_whatever_rows_repeat_a_prompt_no_prompt_is_on_both_sides(reward_model, drawn, share, seed):
+    assume(len({number for number, _ in drawn}) > 1)
+    rankings = [
+        ranking(vary(f"Tell me of number {number}."), "x", "y", id=f"{number}/{place}")
+        for place, (number, vary) in enumerate(drawn)
+    ]
+    rows = encode_rankings(rankings, reward_model, held_out=share, seed=seed)
+    sides = [{row.id.split("/")[0] for row in side} for side in (rows.train, rows.held_out)]
+    assert all(sides)
+    assert not sides[0] & sides[1]
+    ids = sorted(row.id for row in rows.train + rows.held_out)
+    assert ids == sorted(row.id for row in rankings)
+
+
+def test_held_out_prompts_are_not_a_stretch_of_a_sorted_file(reward_model):
+    rankings = [ranking(f"prompt {n:03}", "a", "b", id=f"{n:03}") for n in range(100)]
+    for seed in range(3):
+        rows = encode_rankings(rankings, reward_model, held_out=0.2, seed=seed)
+        places = sorted(int(row.id) for row in rows.held_out)
+        assert len(places) == 20
+        # 20 places drawn from 100 leave a quarter empty once in 500 draws; a head or a tail leaves
+        # three of them empty.
+        quarters = [sum(place // 25 == quarter for place in places) for quarter in range(4)]
+        assert all(quarters), f"seed {seed}: {places}"
+
+
+@pytest.mark.real_data
+def test_real_nectar_rows_are_split_by_prompt(reward_model, test_data, tmp_path):
+    path = test_data / "nectar" / "rankings.jsonl"
+    rankings = read_records(path, RankingRow, quarantine=tmp_path / "quarantine.jsonl")
+    rankings = [row for row in rankings if len(row.messages) == 1]
+    shouted = [
+        ranking(row.messages[0].content.upper() + " !", "a", "b", id=row.id) for row in rankings
+    ]
+    assert len(shouted) > 30
+    rows = encode_rankings(rankings + shouted, reward_model, held_out=0.1, seed=0)
+    train, held_out = ([row.id for row in side] for side in (rows.train, rows.held_out))
+    assert not set(train) & set(held_out)
+    assert all(side.count(name) == 2 for side in (train, held_out) for name in side)
 
 
 def test_the_split_depends_on_the_seed_and_on_nothing_else(reward_model):

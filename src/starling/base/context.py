@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from types import FrameType
 
 from starling.base.errors import RecipeError, Stopped
+from starling.base.spending import Spending
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -60,9 +61,12 @@ class Context:
     seed: int = 0
     """Every random stream of the run is derived from it."""
     stop: StopFlag = field(default_factory=StopFlag)
+    spending: Spending = field(default_factory=Spending)
 
 
-def single_process_context(threads: int, device: str | None = "cpu", *, seed: int = 0) -> Context:
+def single_process_context(
+    threads: int, device: str | None = "cpu", *, seed: int = 0, spending: Spending | None = None
+) -> Context:
     """Set torch up for one process on one device, so that the same run gives the same bytes.
 
     On the CPU, an operation that has no repeatable version is an error. On a GPU it is a warning,
@@ -77,7 +81,10 @@ def single_process_context(threads: int, device: str | None = "cpu", *, seed: in
     torch.use_deterministic_algorithms(True, warn_only=device != "cpu")
     # Filling fresh memory only makes reads of it repeatable, which are bugs; it costs time.
     torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
-    return Context(rank=0, world_size=1, device=device, threads=threads, seed=seed)
+    spending = spending or Spending()
+    return Context(
+        rank=0, world_size=1, device=device, threads=threads, seed=seed, spending=spending
+    )
 
 
 def choose_device(wanted: str | None) -> str:

@@ -38,13 +38,14 @@ def explain(error: ValidationError, model: type[BaseModel]) -> list[str]:
 
 
 def all_keys(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Every key of the tree with its full path; entries of a list are numbered N."""
+    """Every key of the tree with its full path; entries of a list are numbered N, of a map NAME."""
     for name, field in model.model_fields.items():
         yield name, prefix + name
         section = _section_in(field.annotation)
         if section is not None:
-            is_list = "tuple" in str(field.annotation)
-            yield from all_keys(section, f"{prefix}{name}.{'N.' if is_list else ''}")
+            kind = str(field.annotation)
+            entry = "N." if "tuple" in kind else "NAME." if "dict" in kind else ""
+            yield from all_keys(section, f"{prefix}{name}.{entry}")
 
 
 def _shown(value: Any) -> str:

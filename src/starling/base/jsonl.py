@@ -1,15 +1,15 @@
 """Read and write records on disk: JSONL, UTF-8, one object a line; and single JSON files.
 
 Reading is strict. A row that is not one JSON object with distinct keys, finite numbers and the
-record's fields is put aside in a quarantine file with its line number and the reason; a file with
-more than a few such rows is refused. Writing replaces the whole file at once.
+record's fields is put aside in a quarantine file with its number and the reason; a file with more
+than a few such rows is refused. Writing replaces the whole file at once.
 """
 
 import contextlib
 import json
 import logging
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,32 +27,49 @@ ALLOWED_SHARE = 0.01
 
 
 def read_records(path: Path, record: type[M], *, quarantine: Path) -> list[M]:
-    """Read every row of a JSONL file as a `record`; blank lines are ignored.
+    """Read every row of a JSONL file as a `record`; as `iter_records`, all at once."""
+    return list(iter_records(path, record, quarantine=quarantine))
+
+
+def iter_records(path: Path, record: type[M], *, quarantine: Path) -> Iterator[M]:
+    """Read a JSONL file row by row as `record`s; blank lines are ignored.
+
+    What happens to bad rows is `parse_rows`'s to say.  Raises DataError when the file cannot be
+    read.
+    """
+    return parse_rows(path, _lines(path), record, quarantine=quarantine, unit="line")
+
+
+def parse_rows(
+    path: Path, rows: Iterable[tuple[int, bytes]], record: type[M], *, quarantine: Path, unit: str
+) -> Iterator[M]:
+    """Parse the numbered JSON objects of the file `path`; `unit` is what the numbers count.
 
     Bad rows go to the file `quarantine`, in place of what it held for a file of this name, and are
-    left out with a warning. Raises DataError when the file cannot be read or has no rows, and when
-    more than ALLOWED_SHARE of its rows are bad.
+    left out with a warning. Raises DataError when there are no rows, and when more than
+    ALLOWED_SHARE of them are bad. All of that comes after the last row: memory stays flat, and
+    who stops earlier must not trust what was read.
     """
-    records: list[M] = []
+    total = 0
     bad: list[dict[str, Any]] = []
-    for line, content in enumerate(_read_bytes(path).split(b"\n"), start=1):
-        if not content.strip():
-            continue
+    for number, content in rows:
+        total += 1
         try:
-            records.append(_parse_record(content, record))
+            parsed = _parse_record(content, record)
         except ValueError as error:
-            text = content.decode("utf-8", errors="backslashreplace").rstrip("\r")
-            bad.append({"line": line, "reason": _reason(error), "text": text})
-    total = len(records) + len(bad)
+            text = content.decode("utf-8", errors="backslashreplace").rstrip("\r\n")
+            bad.append({unit: number, "reason": _reason(error), "text": text})
+        else:
+            yield parsed
     if total == 0:
-        raise DataError(f"{path} holds no rows. It needs one JSON object a line.")
+        raise DataError(f"{path} holds no rows. It needs one JSON object a {unit}.")
     _update_quarantine(quarantine, path.name, bad)
     if len(bad) > ALLOWED_SHARE * total:
-        reasons = "".join(f"\n  line {row['line']}: {row['reason']}" for row in bad[:3])
+        reasons = "".join(f"\n  {unit} {row[unit]}: {row['reason']}" for row in bad[:3])
         more = f"\n  and {len(bad) - 3} more" if len(bad) > 3 else ""
         raise DataError(
             f"{len(bad)} of {total} rows of {path} are bad; at most {ALLOWED_SHARE} of the rows "
-            f"may be.{reasons}{more}\nRepair or remove those lines. All of them stand in "
+            f"may be.{reasons}{more}\nRepair or remove those {unit}s. All of them stand in "
             f"{quarantine}."
         )
     if bad:
@@ -60,7 +77,6 @@ def read_records(path: Path, record: type[M], *, quarantine: Path) -> list[M]:
             f"{len(bad)} of {total} rows of {path} are bad and were left out; "
             f"they stand in {quarantine}"
         )
-    return records
 
 
 def write_records(path: Path, records: Iterable[BaseModel | Mapping[str, Any]]) -> None:
@@ -167,9 +183,21 @@ def _update_quarantine(quarantine: Path, name: str, bad: list[dict[str, Any]]) -
         quarantine.unlink(missing_ok=True)
 
 
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    with readable(path), path.open("rb") as file:
+        yield from ((n, line) for n, line in enumerate(file, start=1) if line.strip())
+
+
 def _read_bytes(path: Path) -> bytes:
-    try:
+    with readable(path):
         return path.read_bytes()
+
+
+@contextlib.contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Turn what the disk says against reading `path` into a DataError."""
+    try:
+        yield
     except FileNotFoundError as error:
         raise DataError(f"there is no {path}. {neighbours(path)}") from error
     except OSError as error:

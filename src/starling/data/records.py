@@ -6,9 +6,9 @@ Unknown columns are ignored: other people's files carry columns of their own.
 """
 
 import hashlib
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 Role = Literal["system", "user", "assistant"]
 FinishReason = Literal["stop", "length"]
@@ -37,7 +37,7 @@ def content_id(messages: tuple[Message, ...]) -> str:
 
 def _check_turns(messages: tuple[Message, ...], last: Role) -> None:
     if not messages:
-        raise ValueError("messages is empty; a conversation needs at least one turn")
+        raise ValueError("messages is empty or missing; a conversation needs at least one turn")
     if messages[-1].role != last:
         raise ValueError(f"the last message is the {messages[-1].role}'s; it must be the {last}'s")
     turns = messages[1:] if messages[0].role == "system" else messages
@@ -54,34 +54,69 @@ def _check_turns(messages: tuple[Message, ...], last: Role) -> None:
         raise ValueError("a user message is empty")
 
 
-class _Conversation(Record):
-    messages: tuple[Message, ...] = Field(strict=False)
+Messages = Annotated[
+    tuple[Message, ...],
+    Field(strict=False),
+    BeforeValidator(lambda value: () if value is None else value),
+]
+Sources = Annotated[
+    list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)
+]
+"""Where a prompt is from: a list in Nectar, a single name in other people's files."""
+
+
+class _Dialogue(Record):
+    messages: Messages = ()
     id: str = ""
     category: str | None = None
     _last: ClassVar[Role]
 
     @model_validator(mode="after")
-    def _validate(self) -> "_Conversation":
+    def _complete(self) -> "_Dialogue":
+        if not self.messages:
+            object.__setattr__(self, "messages", self._split())
         _check_turns(self.messages, self._last)
         if not self.id:
             object.__setattr__(self, "id", content_id(self.messages))
         return self
 
+    def _split(self) -> tuple[Message, ...]:
+        """The messages of a row that holds them in another form."""
+        return ()
 
-class Prompt(_Conversation):
-    """A conversation that waits for an answer; it ends with the user's turn."""
 
+class Conversation(_Dialogue):
+    """A finished conversation; it ends with the assistant's turn."""
+
+    _last: ClassVar[Role] = "assistant"
+
+
+class _Asked(_Dialogue):
     _last: ClassVar[Role] = "user"
-    source: list[str] | None = None
+    prompt: str | None = None
+    """Nectar's one string. It stands in for messages; beside them it does not count."""
+    source: Sources | None = None
     mode: str | None = None
     checks: dict[str, Any] | None = None
     """What the demo's rubric grades an answer by; judges that read text never see it."""
 
+    def _split(self) -> tuple[Message, ...]:
+        return () if self.prompt is None else split_nectar_prompt(self.prompt)
 
-class Conversation(_Conversation):
-    """A finished conversation; it ends with the assistant's turn."""
 
-    _last: ClassVar[Role] = "assistant"
+class Answer(Record):
+    """What a model said to a prompt."""
+
+    answer: str
+    model: str
+    finish_reason: FinishReason | None = None
+
+
+class Prompt(_Asked):
+    """A conversation that waits for an answer; it ends with the user's turn."""
+
+    answers: tuple[Answer, ...] = Field(default=(), strict=False)
+    """Answers that are there already, to be ranked beside new ones: a Nectar row's, unranked."""
 
 
 class Question(Record):
@@ -102,13 +137,10 @@ class Question(Record):
         return self
 
 
-class RankedAnswer(Record):
+class RankedAnswer(Answer):
     """One candidate answer with its rank: 1 is best, equal ranks tie, null is unranked."""
 
-    answer: str
-    model: str
     rank: float | None = None
-    finish_reason: FinishReason | None = None
 
 
 def dense_ranks(ranks: list[float | None]) -> list[int | None]:
@@ -129,40 +161,25 @@ def dense_ranks(ranks: list[float | None]) -> list[int | None]:
     return [None if rank is None else place[rank] for rank in ranks]
 
 
-class RankingRow(Record):
+class RankingRow(_Asked):
     """A prompt with its K ranked answers, in Nectar's columns plus ours.
 
-    `messages` counts when present; Nectar's one-string `prompt` is split on its markers otherwise
-    (`data.nectar`), which text typed by people can fool.
+    `messages` counts when present; Nectar's one-string `prompt` is split on its markers otherwise,
+    which text typed by people can fool.
     """
 
-    prompt: str | None = None
-    messages: tuple[Message, ...] | None = Field(default=None, strict=False)
     answers: tuple[RankedAnswer, ...] = Field(strict=False)
     turns: int | None = None
     num_responses: int | None = None
-    source: list[str] | None = None
     good_natured: bool | None = None
-    id: str = ""
-    category: str | None = None
-    mode: str | None = None
-    checks: dict[str, Any] | None = None
 
     @model_validator(mode="after")
-    def _validate(self) -> "RankingRow":
-        if self.messages is None:
-            if self.prompt is None:
-                raise ValueError("a ranking needs messages, or Nectar's prompt string")
-            object.__setattr__(self, "messages", split_nectar_prompt(self.prompt))
-        assert self.messages is not None
-        _check_turns(self.messages, "user")
+    def _check_answers(self) -> "RankingRow":
         if len(self.answers) < 2:
             raise ValueError(f"{len(self.answers)} answer(s); a ranking needs at least 2")
         if any(not answer.answer.strip() for answer in self.answers):
             raise ValueError("an answer is empty")
         dense_ranks([answer.rank for answer in self.answers])
-        if not self.id:
-            object.__setattr__(self, "id", content_id(self.messages))
         return self
 
     @property

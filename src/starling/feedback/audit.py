@@ -1,65 +1,97 @@
-"""Check candidates and judge: does position, length or a model's name decide the rankings?
+"""Check rankings and their judge: what decides beside the answers, and how much of it is chance.
 
-Nectar's authors measured their judge's bias for the first position with chi-square over the slots
-of the winners (reference: Starling-7B, COLM 2024); the same table is made of every run here.
+The same function makes the audit at the end of the stage and that of `starling audit FILE`, from
+the same files.  Nectar's authors measured their judge's bias for the first position with chi-square
+over the places of the winners (Starling-7B, COLM 2024); the same table is made here of every call.
+Calls about one prompt count singly there: their orders are drawn, or spread so that an answer
+stands at another place each time, which only makes chi-square smaller.  A place has its label, so
+the table by place is also that by label.
 """
 
-from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from itertools import combinations
-from math import sqrt
+import contextlib
+import math
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
-from starling.base.estimate import clustered_mean
-from starling.feedback.candidates import AnswerSet
-from starling.judging.judge import Ranking, Unparsed
-from starling.judging.recorded import CallStats
+from starling.base.errors import DataError
+from starling.base.jsonl import parse_json
+from starling.data.records import RankingRow
+from starling.data.rows import iter_rows
+from starling.feedback.findings import find
+from starling.feedback.tallies import Tallies
 
+JUDGMENTS = "judgments.jsonl"
 NORMAL_99 = 2.3263478740408408
-NUM_EXAMPLES = 3
+SMALLEST_EXPECTED = 5
+"""Winners that each place must be expected to have before chi-square means anything."""
+MOST_ROWS, WIDTH = 20, 80
+"""Of a table in the terminal; audit.json has all."""
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What became of one prompt; the verdict is None where there was nothing to rank."""
+def audit_file(path: Path) -> dict[str, Any]:
+    """Audit a file of rankings, JSONL or parquet, with judgments.jsonl beside it if there is one.
 
-    answers: AnswerSet
-    verdict: Ranking | Unparsed | None
-
-    @property
-    def failure(self) -> str | None:
-        """Why this prompt has no ranking, if a call is to blame; answers that agree are not."""
-        if isinstance(self.verdict, Unparsed):
-            return self.verdict.reason
-        if self.verdict is None and self.answers.failures:
-            return f"too few answers; {self.answers.failures[0]}"
-        return None
+    Raises DataError for files that cannot be read, and for one without a ranking.
+    """
+    beside = path.with_name(JUDGMENTS)
+    # Not beside the file: an audit only reads there.  The folder stays where rows were bad.
+    folder = Path(tempfile.mkdtemp(prefix="starling-audit-"))
+    try:
+        rows = iter_rows(path, RankingRow, quarantine=folder / "quarantine.jsonl")
+        return audit(rows, _lines(beside) if beside.is_file() else ())
+    finally:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
 
 
 def audit(
-    outcomes: Sequence[Outcome], calls: Mapping[str, CallStats], *, num_duplicates: int, seed: int
+    rows: Iterable[RankingRow], judgments: Iterable[Mapping[str, Any]] = ()
 ) -> dict[str, Any]:
-    """The audit as JSON: counts, and what position, model and length have to do with rank."""
-    ranked = [
-        (outcome.answers, outcome.verdict)
-        for outcome in outcomes
-        if isinstance(outcome.verdict, Ranking)
-    ]
-    if not ranked:
+    """The audit as JSON: findings in plain words first, then the tables that they stand on."""
+    tallies = Tallies()
+    for row in rows:
+        tallies.add_ranking(row)
+    for line in judgments:
+        tallies.add_judgment(line)
+    tables = tallies.tree()
+    if "models" not in tables:
         raise ValueError("an audit needs at least one ranking")
-    natures = [(r.id, float(r.good_natured)) for _, r in ranked if r.good_natured is not None]
-    return {
-        **_counts(outcomes, num_duplicates),
-        "good_natured": _estimate(natures, seed, len(ranked) - len(natures)),
-        "positions": _positions([ranking for _, ranking in ranked]),
-        "models": _models(ranked, seed),
-        "length": _length(ranked, seed),
-        "calls": {name: stats.results() for name, stats in calls.items()},
-    }
+    for table in tables.get("positions", {}).values():
+        shares = [place["winner_share"] for place in table["places"].values()]
+        table["chi_square"] = chi_square([share["mean"] * share["n"] for share in shares])
+        table["critical_99"] = critical_99(len(shares) - 1)
+        enough = table["verdicts"] >= SMALLEST_EXPECTED * len(shares)
+        table["is_biased"] = table["chi_square"] > table["critical_99"] if enough else None
+    for found in tables.get("canaries", {}).values():
+        found["chance"] = _chance_of_wins(found) if "questions" in found else 1.0
+    return {"findings": find(tables), **tables}
 
 
-def chi_square(counts: Sequence[int]) -> float:
+def as_text(report: Mapping[str, Any]) -> str:
+    """The audit for a terminal of 80 columns: findings, those of concern first, then tables."""
+    lines = []
+    for finding in sorted(report["findings"], key=lambda each: not each["is_concern"]):
+        mark = "!" if finding["is_concern"] else "-"
+        lines += wrap(f"{mark} {finding['sentence']}", WIDTH, subsequent_indent="  ")
+        if finding["advice"]:
+            lines += wrap(f"  -> {finding['advice']}", WIDTH, subsequent_indent="     ")
+    for k, table in report.get("positions", {}).items():
+        lines += _table(f"place, of {k}", ("winner_share", "mean_rank"), table["places"])
+    models = report["models"]
+    frequent = {n: models[n] for n in sorted(models, key=lambda n: -models[n]["mean_rank"]["n"])}
+    lines += _table("model", ("mean_rank", "win_share"), frequent)
+    natures = ("mean_rank_good_natured", "mean_rank_not_good_natured")
+    lines += _table("model", natures, frequent)
+    lines += _table("length in its prompt", ("mean_rank", "win_share"), report["length"])
+    for kind in ("sources", "categories"):
+        lines += _table(kind, ("longer_wins", "good_natured"), report.get(kind, {}))
+    return "\n".join(lines)
+
+
+def chi_square(counts: Sequence[float]) -> float:
     """Pearson's statistic of the counts against all being equally likely."""
     expected = sum(counts) / len(counts)
     return sum((count - expected) ** 2 / expected for count in counts)
@@ -71,87 +103,43 @@ def critical_99(degrees: int) -> float:
     Wilson and Hilferty's cube root (PNAS 1931): 0.7 % low at one degree, under 0.2 % from three on.
     """
     spread = 2 / (9 * degrees)
-    return degrees * (1 - spread + NORMAL_99 * sqrt(spread)) ** 3
+    return degrees * (1 - spread + NORMAL_99 * math.sqrt(spread)) ** 3
 
 
-def _counts(outcomes: Sequence[Outcome], num_duplicates: int) -> dict[str, Any]:
-    sets = [outcome.answers for outcome in outcomes]
-    unparsed = [outcome.verdict for outcome in outcomes if isinstance(outcome.verdict, Unparsed)]
-    unranked = [outcome for outcome in outcomes if outcome.verdict is None]
-    answers = [answer for answer_set in sets for answer in answer_set.answers]
-    return {
-        "prompts": len(outcomes),
-        "duplicate_prompts": num_duplicates,
-        "rankings": sum(isinstance(outcome.verdict, Ranking) for outcome in outcomes),
-        "unparsed": len(unparsed),
-        "unparsed_examples": [
-            {"id": verdict.id, "reason": verdict.reason} for verdict in unparsed[:NUM_EXAMPLES]
-        ],
-        "too_few_answers": {
-            "after_failures": sum(outcome.failure is not None for outcome in unranked),
-            "alike": sum(outcome.failure is None for outcome in unranked),
-        },
-        "answers": {
-            "distinct": len(answers),
-            "merged": sum(answer_set.num_merged for answer_set in sets),
-            "failed": sum(len(answer_set.failures) for answer_set in sets),
-            "empty": sum(answer_set.num_empty for answer_set in sets),
-            "truncated": sum(answer.finish_reason == "length" for answer in answers),
-        },
-    }
+def _chance_of_wins(found: Mapping[str, Any]) -> float:
+    """How likely at least so many wins are by luck; a shared win is rounded down."""
+    n, chance = found["questions"], found["wins_by_chance"] / found["questions"]
+    return sum(
+        math.comb(n, wins) * chance**wins * (1 - chance) ** (n - wins)
+        for wins in range(math.floor(found["wins"]), n + 1)
+    )
 
 
-def _positions(rankings: Sequence[Ranking]) -> list[dict[str, Any]]:
-    """One table per number of answers: the winner's place and the mean rank at each place."""
-    by_k: defaultdict[int, list[Ranking]] = defaultdict(list)
-    for ranking in rankings:
-        by_k[len(ranking.ranks)].append(ranking)
-    tables = []
-    for k, group in sorted(by_k.items()):
-        shown = ([ranking.ranks[index] for index in ranking.presented] for ranking in group)
-        columns = list(zip(*shown, strict=True))
-        wins = [column.count(1) for column in columns]
-        statistic, critical = chi_square(wins), critical_99(k - 1)
-        tables.append(
-            {
-                "k": k,
-                "rankings": len(group),
-                "winner_share": [count / sum(wins) for count in wins],
-                "mean_rank": [sum(column) / len(column) for column in columns],
-                "chi_square": statistic,
-                "critical_99": critical,
-                "is_biased": statistic > critical,
-            }
-        )
-    return tables
+def _table(title: str, columns: Sequence[str], rows: Mapping[str, Any]) -> Iterator[str]:
+    """Rows that have one of the columns, a line each."""
+    shown = [(n, [row.get(c) for c in columns]) for n, row in rows.items()]
+    shown = [(name, cells) for name, cells in shown if any(cells)]
+    if shown:
+        yield from ("", f"{title:26}" + "".join(f"{c.replace('_', ' '):>27}" for c in columns))
+    for name, cells in shown[:MOST_ROWS]:
+        yield f"{name:26.26}" + "".join(f"{_cell(cell):>27}" for cell in cells)
+    if len(shown) > MOST_ROWS:
+        yield f"and {len(shown) - MOST_ROWS} more"
 
 
-def _models(ranked: Sequence[tuple[AnswerSet, Ranking]], seed: int) -> dict[str, Any]:
-    ranks: defaultdict[str, list[tuple[str, float]]] = defaultdict(list)
-    for answer_set, ranking in ranked:
-        for answer, rank in zip(answer_set.answers, ranking.ranks, strict=True):
-            ranks[answer.model].append((ranking.id, float(rank)))
-    return {
-        model: {"mean_rank": _estimate(values, seed)} for model, values in sorted(ranks.items())
-    }
+def _cell(estimate: Mapping[str, Any] | None) -> str:
+    if estimate is None:
+        return "none"
+    low, high = ("?" if e is None else f"{e:.2f}" for e in (estimate["low"], estimate["high"]))
+    return f"{estimate['mean']:.2f} [{low}, {high}]"
 
 
-def _length(ranked: Sequence[tuple[AnswerSet, Ranking]], seed: int) -> dict[str, Any]:
-    """How often the longer of two answers, in characters, is the better ranked one."""
-    longer_wins: list[tuple[str, float]] = []
-    counts: Counter[str] = Counter(tied_pairs=0, equally_long_pairs=0)
-    for answer_set, ranking in ranked:
-        lengths = [len(answer.answer) for answer in answer_set.answers]
-        for one, other in combinations(zip(lengths, ranking.ranks, strict=True), 2):
-            if one[1] == other[1]:
-                counts["tied_pairs"] += 1
-            elif one[0] == other[0]:
-                counts["equally_long_pairs"] += 1
-            else:
-                longer, shorter = max(one, other), min(one, other)
-                longer_wins.append((ranking.id, float(longer[1] < shorter[1])))
-    return {"longer_wins": _estimate(longer_wins, seed), **counts}
-
-
-def _estimate(values: Sequence[tuple[str, float]], seed: int, num_failed: int = 0) -> Any:
-    return clustered_mean(values, seed=seed, num_failed=num_failed) if values else None
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                yield parse_json(line)
+            except ValueError as error:
+                raise DataError(
+                    f"{path}, line {number}: {error}. Run the stage again to have it made anew."
+                ) from error

@@ -1,60 +1,61 @@
-"""Gather the K answers of each prompt from the candidates.
+"""Gather the K answers of each prompt: those that stand in its row, then the candidates'.
 
 An answer is what a responder said; a failed call or an empty text is counted and leaves one answer
 less.  Answers of one prompt that say the same are merged: a judge cannot order them.
 """
 
+import re
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 from pathlib import Path
 
 from starling.base.context import Context
-from starling.base.errors import DataError
-from starling.base.jsonl import read_records
-from starling.base.seeding import derive_seed, permutation
+from starling.base.seeding import derive_seed
 from starling.data.records import Prompt, RankedAnswer
-from starling.feedback.config import Candidate
+from starling.feedback.config import MOST_ANSWERS, Candidate
 from starling.judging.recorded import Recorded
 from starling.models.interfaces import Failure, Reply, Request, Responder, Sampling
 
-Source = tuple[Candidate, Recorded]
-"""A candidate and what answers for it."""
+REFUSAL = re.compile(
+    r"\W*(?:[^.!?\n]{0,60}\b(?:sorry|apologi[sz]e|unfortunately|as an ai)\b[^\n]{0,80}?)?"
+    r"\b(?:I|we)(?:['\u2019]m| am|['\u2019]re| are)? "
+    r"(?:can(?:not|['\u2019]t)|can not|won['\u2019]t|will not|unable to|not able to) (?:\w+ly )?"
+    r"(?:help|assist|provide|fulfill?|comply|answer|support|write|generate|create|discuss|share"
+    r"|offer|give|engage|participate|condone|promote|encourage|recommend|do that|do this)\b",
+    re.IGNORECASE,
+)
+"""How an English refusal begins; others are not recognised."""
 
 
 @dataclass(frozen=True)
 class AnswerSet:
-    """What the candidates made of one prompt; `failures` says why calls had no reply."""
+    """What there is of one prompt; `failures` says why calls had no reply."""
 
     prompt: Prompt
     answers: tuple[RankedAnswer, ...]
-    """Distinct, not ranked yet, each under the name of the first candidate that gave it."""
+    """Distinct, not ranked yet, each under the name of the first that gave it."""
     failures: tuple[str, ...]
     num_empty: int
     num_merged: int
+    num_dropped: int = 0
+    """Answers beyond those that a judge can letter."""
 
 
-def read_prompts(
-    path: Path, quarantine: Path, *, limit: int | None, seed: int
-) -> tuple[list[Prompt], int]:
-    """Prompts, as many as `limit` drawn by the seed, and how many rows repeated an earlier one."""
-    distinct: dict[str, Prompt] = {}
-    num_duplicates = 0
-    for prompt in read_records(path, Prompt, quarantine=quarantine):
-        earlier = distinct.setdefault(prompt.id, prompt)
-        if earlier is prompt:
-            continue
-        if earlier.messages != prompt.messages:
-            raise DataError(
-                f"two different prompts of {path} have the id {prompt.id!r}. Give each its own id, "
-                "or none: then the text names it."
-            )
-        num_duplicates += 1
-    prompts = list(distinct.values())
-    if limit is not None and limit < len(prompts):
-        chosen = permutation(len(prompts), seed, "feedback/limit", 0)[:limit]
-        prompts = [prompts[index] for index in sorted(chosen)]
-    return prompts, num_duplicates
+@dataclass(frozen=True)
+class Source:
+    """A candidate and what answers for it.
+
+    An endpoint has a thread, in which alone its ledger is used, so that several are asked at the
+    same time.  A local model has none: torch's settings are those of the main thread.
+    """
+
+    candidate: Candidate
+    responder: Recorded
+    thread: ThreadPoolExecutor | None = None
 
 
 @contextmanager
@@ -63,25 +64,59 @@ def open_sources(
 ) -> Iterator[list[Source]]:
     """Load or connect to every candidate, each recorded in the ledger, until the block ends."""
     with ExitStack() as stack:
-        yield [
-            (each, stack.enter_context(Recorded(_responder(each, context), ledger)))
-            for each in candidates
-        ]
+        sources = []
+        for each in candidates:
+            open_ledger = partial(
+                Recorded,
+                _responder(each, context),
+                ledger,
+                spending=context.spending,
+                model=each.model if each.url is not None else None,
+            )
+            if each.url is None:
+                sources.append(Source(each, stack.enter_context(open_ledger())))
+                continue
+            thread = stack.enter_context(ThreadPoolExecutor(1))
+            responder = thread.submit(open_ledger).result()
+            stack.callback(lambda t=thread, r=responder: t.submit(r.close).result())
+            sources.append(Source(each, responder, thread))
+        yield sources
 
 
 def collect_answers(
     sources: Sequence[Source], prompts: Sequence[Prompt], seed: int
 ) -> list[AnswerSet]:
     """Ask every candidate about every prompt; one set per prompt, answers in the sources' order."""
+    asked = [
+        [_requests(source.candidate, prompt, seed) for prompt in prompts] for source in sources
+    ]
+    arrived = _ask(sources, [list(chain.from_iterable(each)) for each in asked])
     outcomes: dict[str, list[tuple[str, Reply | Failure]]] = {prompt.id: [] for prompt in prompts}
-    for candidate, responder in sources:
-        asked = {prompt.id: _requests(candidate, prompt, seed) for prompt in prompts}
-        requests = [request for each in asked.values() for request in each]
-        # Replies come in any order; the requests' order makes the same rows of every run.
-        arrived = {outcome.request_id: outcome for outcome in responder.respond(requests)}
-        for prompt_id, each in asked.items():
-            outcomes[prompt_id] += ((candidate.name, arrived[request.id]) for request in each)
+    for source, of_prompts, found in zip(sources, asked, arrived, strict=True):
+        for prompt, requests in zip(prompts, of_prompts, strict=True):
+            # Replies come in any order; the requests' order makes the same rows of every run.
+            outcomes[prompt.id] += ((source.candidate.name, found[each.id]) for each in requests)
     return [_answer_set(prompt, outcomes[prompt.id]) for prompt in prompts]
+
+
+def is_refusal(text: str) -> bool:
+    """Whether a text opens as a refusal in English does: an apology, or "I can't help with"."""
+    return REFUSAL.match(text[:200]) is not None
+
+
+def _ask(
+    sources: Sequence[Source], requests: Sequence[list[Request]]
+) -> list[dict[str, Reply | Failure]]:
+    """Each source's outcomes by request id; endpoints answer while the local models work."""
+
+    def ask(number: int) -> dict[str, Reply | Failure]:
+        responder = sources[number].responder
+        return {each.request_id: each for each in responder.respond(requests[number])}
+
+    running = {s.thread.submit(ask, n): n for n, s in enumerate(sources) if s.thread is not None}
+    arrived = {number: ask(number) for number, s in enumerate(sources) if s.thread is None}
+    arrived |= {running[future]: future.result() for future in as_completed(running)}
+    return [arrived[number] for number in range(len(sources))]
 
 
 def _responder(candidate: Candidate, context: Context) -> Responder:
@@ -103,7 +138,13 @@ def _requests(candidate: Candidate, prompt: Prompt, seed: int) -> list[Request]:
         Request(
             f"{prompt.id}/{candidate.name}/{index}",
             prompt.messages,
-            Sampling(candidate.max_tokens, candidate.temperature, own_seed),
+            Sampling(
+                candidate.max_tokens,
+                candidate.temperature,
+                own_seed,
+                top_p=candidate.top_p,
+                top_k=candidate.top_k,
+            ),
             prompt.mode,
         )
         for index, own_seed in enumerate(seeds)
@@ -111,18 +152,24 @@ def _requests(candidate: Candidate, prompt: Prompt, seed: int) -> list[Request]:
 
 
 def _answer_set(prompt: Prompt, outcomes: list[tuple[str, Reply | Failure]]) -> AnswerSet:
-    distinct: dict[str, RankedAnswer] = {}
     failures = [f"{m}: {o.reason}" for m, o in outcomes if isinstance(o, Failure)]
-    num_empty = 0
-    for model, outcome in outcomes:
-        if isinstance(outcome, Failure):
-            continue
+    given = [RankedAnswer.model_validate(each.model_dump()) for each in prompt.answers]
+    given += [
+        RankedAnswer(answer=reply.text, model=model, finish_reason=reply.finish_reason)
+        for model, reply in outcomes
+        if isinstance(reply, Reply)
+    ]
+    distinct: dict[str, RankedAnswer] = {}
+    for answer in given:
         # Space around an answer is no difference that a judge could see.
-        said = outcome.text.strip()
-        num_empty += not said
-        if said and said not in distinct:
-            distinct[said] = RankedAnswer(
-                answer=outcome.text, model=model, finish_reason=outcome.finish_reason
-            )
-    num_merged = len(outcomes) - len(failures) - num_empty - len(distinct)
-    return AnswerSet(prompt, tuple(distinct.values()), tuple(failures), num_empty, num_merged)
+        distinct.setdefault(answer.answer.strip(), answer)
+    num_empty = sum(not answer.answer.strip() for answer in given)
+    distinct.pop("", None)
+    return AnswerSet(
+        prompt,
+        answers=tuple(distinct.values())[:MOST_ANSWERS],
+        failures=tuple(failures),
+        num_empty=num_empty,
+        num_merged=len(given) - num_empty - len(distinct),
+        num_dropped=max(0, len(distinct) - MOST_ANSWERS),
+    )

@@ -1,169 +1,342 @@
 """Stage 1: prompts -> K candidate answers each -> the judge's rankings, and an audit of both.
 
 Rounds of prompts bound what a kill can lose; every reply stands in `calls.sqlite`, so a resumed
-run walks the same rounds and asks only what is missing.  The results are written at the end.
+run walks the same rounds and asks only what is missing.  Each round is written as it ends, to files
+that take their names after the last one, so memory holds one round of answers.
 """
 
+import json
 import logging
-from collections.abc import Sequence
+import signal
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from threading import Lock
+from typing import Any
 
 from starling.base.context import Context
-from starling.base.errors import DataError
+from starling.base.errors import DataError, Stopped
+from starling.base.files import sync_file
 from starling.base.jsonl import write_json, write_records
 from starling.base.progress import Progress
 from starling.base.seeding import derive_seed
 from starling.base.stage import Summary
-from starling.data.records import Message, Prompt, RankingRow
-from starling.feedback.audit import Outcome, audit
-from starling.feedback.candidates import (
-    AnswerSet,
-    Source,
-    collect_answers,
-    open_sources,
-    read_prompts,
-)
-from starling.feedback.config import FeedbackInputs, FeedbackSection
+from starling.data.nectar import published_prompt
+from starling.data.records import Prompt
+from starling.feedback.audit import JUDGMENTS, audit_file
+from starling.feedback.canaries import draw_canaries, with_canary
+from starling.feedback.candidates import AnswerSet, Source, collect_answers, open_sources
+from starling.feedback.config import MOST_ANSWERS, FeedbackInputs, FeedbackSection
+from starling.feedback.prompts import prepare_prompts
 from starling.judging.build import build_judge
-from starling.judging.judge import Comparison, Judge, Ranking
+from starling.judging.config import JudgeSection
+from starling.judging.judge import Comparison, Judge, Ranking, Unparsed
 from starling.judging.recorded import Recorded
+from starling.judging.strategies import num_calls
 
 logger = logging.getLogger(__name__)
 
+LOCAL_BATCH, REMOTE_BATCH = 64, 1024
+TEMPORARY = ".tmp-"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one prompt; the verdict is None where there was nothing to rank."""
+
+    answers: AnswerSet
+    verdict: Ranking | Unparsed | None
+    canary: dict[str, Any] | None = None
+    """The line about the same question with a cheating answer."""
+
+    @property
+    def failure(self) -> str | None:
+        """Why this prompt has no ranking, if a call is to blame; answers that agree are not."""
+        if isinstance(self.verdict, Unparsed):
+            return self.verdict.reason
+        if self.verdict is None and self.answers.failures:
+            return f"too few answers; {self.answers.failures[0]}"
+        return None
+
 
 def run(section: FeedbackSection, inputs: FeedbackInputs, out: Path, context: Context) -> Summary:
-    """Write `rankings.jsonl`, `audit.json` and `calls.sqlite` to `out`."""
-    prompts, num_duplicates = read_prompts(
-        inputs.prompts, out / "quarantine.jsonl", limit=section.limit, seed=context.seed
-    )
+    """Write rankings, judgments, their audit, the prepared prompts and `calls.sqlite` to `out`."""
+    for left_by_a_kill in out.glob(f"{TEMPORARY}*"):
+        left_by_a_kill.unlink()
+    quarantine = out / "quarantine.jsonl"
+    prompts, counts = prepare_prompts(section, inputs, quarantine, seed=context.seed)
+    write_records(out / "prompts.jsonl", prompts)
     ledger = out / "calls.sqlite"
     judge_seed = derive_seed(context.seed, "feedback/judge")
     with (
         open_sources(inputs.candidates, ledger, context) as sources,
         build_judge(inputs.judge, seed=judge_seed, ledger=ledger, context=context) as judge,
     ):
-        outcomes = _rank_in_rounds(section, prompts, sources=sources, judge=judge, context=context)
-        recorders = {f"candidate {each.name}": responder for each, responder in sources}
-        if isinstance(judge.responder, Recorded):
-            recorders["judge"] = judge.responder
+        recorders = {f"candidate {each.candidate.name}": each.responder for each in sources}
+        if isinstance(responder := getattr(judge, "responder", None), Recorded):
+            recorders["judge"] = responder
+        canaries = draw_canaries(prompts, section.canaries, context.seed)
+        parts = _Parts(sources, judge, canaries, context.seed)
+        with _Pace(_num_calls(section, inputs.judge, prompts, canaries), context) as pace:
+            for recorder in recorders.values():
+                recorder.watch = pace.step
+            _write(out, _about(inputs, counts), _rounds(section, inputs, prompts, parts, pace))
         calls = {name: recorder.stats for name, recorder in recorders.items()}
     for name, stats in calls.items():
         logger.info("%s: %s", name, stats)
-    rows = [_row(o.answers, o.verdict) for o in outcomes if isinstance(o.verdict, Ranking)]
-    if not rows:
-        raise DataError(
-            "no prompt has two different answers, so there is nothing to rank. "
-            "Use candidates that differ, or a higher temperature."
-        )
-    report = audit(outcomes, calls, num_duplicates=num_duplicates, seed=context.seed)
-    write_records(out / "rankings.jsonl", rows)
+    report = audit_file(out / "rankings.jsonl")
     write_json(out / "audit.json", report)
-    return _summarise(rows, report, out / "rankings.jsonl")
+    return _summarise(report, {n: stats.results() for n, stats in calls.items()}, out)
 
 
-def _rank_in_rounds(
-    section: FeedbackSection,
-    prompts: Sequence[Prompt],
-    *,
-    sources: Sequence[Source],
-    judge: Judge,
-    context: Context,
-) -> list[Outcome]:
-    outcomes: list[Outcome] = []
-    with Progress("feedback", len(prompts)) as progress:
-        for start in range(0, len(prompts), section.batch):
-            context.stop.check()
-            batch = prompts[start : start + section.batch]
-            outcomes += _judge(judge, collect_answers(sources, batch, context.seed))
-            # After every round, so that a judge that never answers is not paid to the end.
-            _check_failures(outcomes, len(prompts), section.allowed_failures)
-            progress.update(len(outcomes))
-    return outcomes
+class _Pace(AbstractContextManager["_Pace"]):
+    """The line of progress, in calls, and the stop flag, which is heeded after every call.
 
-
-def _judge(judge: Judge, answer_sets: Sequence[AnswerSet]) -> list[Outcome]:
-    """One outcome per set, in order; sets of fewer than two answers are not shown to the judge."""
-    comparisons = [
-        Comparison(
-            id=answer_set.prompt.id,
-            messages=answer_set.prompt.messages,
-            answers=tuple(answer.answer for answer in answer_set.answers),
-            checks=answer_set.prompt.checks,
-            finished=tuple(answer.finish_reason == "stop" for answer in answer_set.answers),
-        )
-        for answer_set in answer_sets
-        if len(answer_set.answers) >= 2
-    ]
-    verdicts = {verdict.id: verdict for verdict in judge.rank(comparisons)}
-    return [Outcome(answers, verdicts.get(answers.prompt.id)) for answers in answer_sets]
-
-
-def _check_failures(outcomes: Sequence[Outcome], num_prompts: int, allowed: float) -> None:
-    reasons = [outcome.failure for outcome in outcomes if outcome.failure is not None]
-    if len(reasons) > allowed * num_prompts:
-        raise DataError(
-            f"{len(reasons)} of {num_prompts} prompts ended without a ranking, and at most "
-            f"{allowed:.3g} of them may (feedback.allowed_failures). The first: {reasons[0]}. "
-            "Mend the cause, then run the same command again: what was answered is kept."
-        )
-
-
-def _row(answer_set: AnswerSet, ranking: Ranking) -> RankingRow:
-    prompt = answer_set.prompt
-    return RankingRow(
-        prompt=nectar_prompt(prompt.messages),
-        messages=prompt.messages,
-        answers=tuple(
-            answer.model_copy(update={"rank": float(rank)})
-            for answer, rank in zip(answer_set.answers, ranking.ranks, strict=True)
-        ),
-        turns=sum(message.role == "user" for message in prompt.messages),
-        num_responses=len(answer_set.answers),
-        source=prompt.source,
-        good_natured=ranking.good_natured,
-        id=prompt.id,
-        category=prompt.category,
-        mode=prompt.mode,
-        checks=prompt.checks,
-    )
-
-
-def nectar_prompt(messages: Sequence[Message]) -> str:
-    r"""The conversation as Nectar's one string, which ends with `\n\nAssistant: `.
-
-    Its format has no system role: a system message opens the first human turn.
+    Candidates may report from threads of their own, whose work ends with the block.
     """
-    text = system = ""
-    for message in messages:
-        if message.role == "system":
-            system = f"{message.content}\n\n"
-        elif message.role == "user":
-            text += f"\n\nHuman: {system}{message.content}"
-            system = ""
-        else:
-            text += f"\n\nAssistant: {message.content}"
-    return f"{text}\n\nAssistant: "
+
+    def __init__(self, expected: int, context: Context) -> None:
+        self._progress = Progress("feedback", expected)
+        self._context = context
+        self._lock = Lock()
+        self._done = self._settled = 0
+        self._has_ended = False
+
+    def check(self) -> None:
+        """Raise Stopped once the run was told to stop, or has ended elsewhere."""
+        self._context.stop.check()
+        if self._has_ended:
+            raise Stopped(signal.SIGINT)
+
+    def step(self) -> None:
+        """One more call has its outcome, and that is stored."""
+        self.check()
+        with self._lock:
+            # A prompt may need fewer calls than expected, so the last is left to `settle`.
+            self._show(min(self._done + 1, self._progress.total - 1))
+
+    def settle(self, calls: int) -> None:
+        """Everything is done that so many of the expected calls were for."""
+        self._settled += calls
+        self._show(self._settled)
+
+    def _show(self, done: int) -> None:
+        self._done = done
+        self._progress.update(done, self._context.spending.note())
+
+    def __exit__(self, *error: object) -> None:
+        self._has_ended = True
+        self._progress.__exit__(*error)
 
 
-def _summarise(rows: Sequence[RankingRow], report: dict, path: Path) -> Summary:
-    k = sum(len(row.answers) for row in rows) / len(rows)
-    biased = [table["k"] for table in report["positions"] if table["is_biased"]]
-    if biased:
-        logger.warning(
-            "the judge prefers answers by their position (99 %%) among %s answers; see audit.json",
-            " and ".join(map(str, biased)),
+@dataclass(frozen=True)
+class _Parts:
+    """Who answers, who judges, and the kind of canary by the id of a prompt that has one."""
+
+    sources: Sequence[Source]
+    judge: Judge
+    canaries: Mapping[str, str]
+    seed: int
+
+
+def _rounds(
+    section: FeedbackSection,
+    inputs: FeedbackInputs,
+    prompts: Sequence[Prompt],
+    parts: _Parts,
+    pace: _Pace,
+) -> Iterator[Outcome]:
+    """Every prompt's outcome, in order; DataError where too many have no ranking."""
+    is_local = any(each.url is None for each in inputs.candidates)
+    is_local = is_local or inputs.judge.kind in ("local", "logits")
+    size = section.batch or (LOCAL_BATCH if is_local else REMOTE_BATCH)
+    failures: list[str] = []
+    for start in range(0, len(prompts), size):
+        pace.check()
+        batch = prompts[start : start + size]
+        outcomes = _judge(parts, collect_answers(parts.sources, batch, parts.seed))
+        failures += (outcome.failure for outcome in outcomes if outcome.failure is not None)
+        # After every round, so that a judge that never answers is not paid to the end.
+        if len(failures) > section.allowed_failures * len(prompts):
+            raise DataError(
+                f"{len(failures)} of {len(prompts)} prompts ended without a ranking, and at most "
+                f"{section.allowed_failures:.3g} of them may (feedback.allowed_failures). The "
+                f"first: {failures[0]}. Mend the cause, then run the same command again: what was "
+                "answered is kept."
+            )
+        pace.settle(_num_calls(section, inputs.judge, batch, parts.canaries))
+        yield from outcomes
+
+
+def _judge(parts: _Parts, answer_sets: Sequence[AnswerSet]) -> list[Outcome]:
+    """One outcome per set, in order; sets of fewer than two answers are not shown to the judge."""
+    asked = {
+        each.prompt.id: Comparison(
+            id=each.prompt.id,
+            messages=each.prompt.messages,
+            answers=tuple(answer.answer for answer in each.answers),
+            checks=each.prompt.checks,
+            finished=tuple(answer.finish_reason == "stop" for answer in each.answers),
         )
-    return Summary(
-        f"Ranked {len(rows)} of {report['prompts']} prompts, {k:.1f} answers each -> {path}",
+        for each in answer_sets
+        if len(each.answers) >= 2
+    }
+    verdicts = {verdict.id: verdict for verdict in parts.judge.rank(asked.values())}
+    cheated = {
+        id: with_canary(asked[id], verdict, parts.canaries[id])
+        for id, verdict in verdicts.items()
+        if id in parts.canaries and isinstance(verdict, Ranking)
+    }
+    ranked = parts.judge.rank([comparison for comparison, _ in cheated.values()])
+    canaries = {
+        id: {"canary": parts.canaries[id], "id": id, "index": index, **_verdict(verdict)}
+        for (id, (_, index)), verdict in zip(cheated.items(), ranked, strict=True)
+    }
+    return [
+        Outcome(each, verdicts.get(each.prompt.id), canaries.get(each.prompt.id))
+        for each in answer_sets
+    ]
+
+
+def _num_calls(
+    section: FeedbackSection,
+    judge: JudgeSection,
+    prompts: Sequence[Prompt],
+    canaries: Mapping[str, str],
+) -> int:
+    """Calls that the prompts take, if every answer comes and none are alike."""
+    new = sum(candidate.answers for candidate in section.candidates)
+    calls = new * len(prompts)
+    for prompt in prompts:
+        k = min(new + len(prompt.answers), MOST_ANSWERS)
+        calls += num_calls(judge.strategy, judge.repeats, k) * (1 + (prompt.id in canaries))
+    return calls
+
+
+def _write(out: Path, about: dict[str, Any], outcomes: Iterator[Outcome]) -> None:
+    """Write rankings.jsonl and judgments.jsonl as outcomes come, and name them at the end."""
+    partial = out / f"{TEMPORARY}{JUDGMENTS}"
+
+    def rows() -> Iterator[dict[str, Any]]:
+        has_rows = False
+        with partial.open("wb") as judgments:
+            judgments.write(_dump(about))
+            for outcome in outcomes:
+                judgments.writelines(map(_dump, _lines(outcome)))
+                if isinstance(outcome.verdict, Ranking):
+                    has_rows = True
+                    yield _row(outcome.answers, outcome.verdict)
+        sync_file(partial)
+        if not has_rows:
+            raise DataError(
+                "no prompt has two different answers, so there is nothing to rank. "
+                "Use candidates that differ, or a higher temperature."
+            )
+
+    try:
+        write_records(out / "rankings.jsonl", rows())
+        partial.replace(out / JUDGMENTS)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _dump(line: Mapping[str, Any]) -> bytes:
+    return json.dumps(line, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+
+
+def _about(inputs: FeedbackInputs, counts: Mapping[str, Any]) -> dict[str, Any]:
+    """The first line of judgments.jsonl: who judged, and which candidates are the same model."""
+    judge = inputs.judge
+    own = [candidate.name for candidate in inputs.candidates if candidate.model == judge.model]
+    # A local model's path is this machine's, and the same run elsewhere must write the same.
+    name = judge.model if judge.kind == "endpoint" else judge.kind
+    return {"judge": name, "strategy": judge.strategy, "own": own, "prompts": dict(counts)}
+
+
+def _lines(outcome: Outcome) -> Iterator[dict[str, Any]]:
+    """What judgments.jsonl says of a prompt: no clock and no money, so every run says the same."""
+    answers, verdict = outcome.answers, outcome.verdict
+    name = "answers alike" if answers.num_merged and not answers.failures else "too few answers"
+    if verdict is not None:
+        name = "ranked" if isinstance(verdict, Ranking) else "unparsed"
+    yield {
+        "id": answers.prompt.id,
+        "outcome": name,
+        **({"votes": []} if verdict is None else _verdict(verdict)),
+        "failed": answers.failures,
+        "empty": answers.num_empty,
+        "merged": answers.num_merged,
+        "dropped": answers.num_dropped,
+    }
+    if outcome.canary is not None:
+        yield outcome.canary
+
+
+def _verdict(verdict: Ranking | Unparsed) -> dict[str, Any]:
+    votes = [
+        _without(asdict(vote) | asdict(vote.usage), "usage", "seconds", "usd")
+        for vote in verdict.votes
+    ]
+    return _without(asdict(verdict), "id", "text") | {"votes": votes}
+
+
+def _without(fields: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {key: value for key, value in fields.items() if key not in names and value is not None}
+
+
+def _row(answer_set: AnswerSet, ranking: Ranking) -> dict[str, Any]:
+    """A RankingRow, Nectar's columns first."""
+    prompt = answer_set.prompt
+    answers = [
         {
-            "prompts": report["prompts"],
-            "rankings": len(rows),
+            "answer": a.answer,
+            "model": a.model,
+            "rank": float(rank),
+            "finish_reason": a.finish_reason,
+        }
+        for a, rank in zip(answer_set.answers, ranking.ranks, strict=True)
+    ]
+    return {
+        "prompt": published_prompt(prompt),
+        "messages": [message.model_dump() for message in prompt.messages],
+        "answers": [_without(answer) for answer in answers],
+        "turns": sum(message.role == "user" for message in prompt.messages),
+        "num_responses": len(answers),
+        "source": prompt.source,
+        "good_natured": ranking.good_natured,
+        "id": prompt.id,
+        "category": prompt.category,
+        "mode": prompt.mode,
+        "checks": prompt.checks,
+    }
+
+
+def _summarise(report: Mapping[str, Any], calls: Mapping[str, Any], out: Path) -> Summary:
+    outcomes, answers, rankings = report["outcomes"], report["answers"], report["all"]["rankings"]
+    concerns = [finding for finding in report["findings"] if finding["is_concern"]]
+    for finding in concerns:
+        logger.warning("%s %s", finding["sentence"], finding["advice"])
+    biased = {table["is_biased"] for table in report.get("positions", {}).values()} - {None}
+    place = "a preference for a place" if True in biased else "no preference for a place"
+    place = place if biased else "too few to see a preference for a place"
+    num_prompts, k = sum(outcomes.values()), answers["given"] / rankings
+    others = [f"{n} {name}" for name, n in outcomes.items() if name != "ranked"]
+    dropped = f" ({', '.join(others)})" if others else ""
+    return Summary(
+        f"Ranked {rankings} of {num_prompts} prompts{dropped}, {k:.1f} answers each, {place}; of "
+        f"concern: {len(concerns)} of {len(report['findings'])} findings (starling audit tells "
+        f"them; next: starling reward) -> {out / 'rankings.jsonl'}",
+        {
+            "prompts": num_prompts,
+            "rankings": rankings,
             "answers_per_prompt": k,
-            "unparsed": report["unparsed"],
-            "merged_answers": report["answers"]["merged"],
-            "failed_answers": report["answers"]["failed"],
-            "truncated_answers": report["answers"]["truncated"],
-            "longer_wins": report["length"]["longer_wins"],
-            "is_position_biased": bool(biased),
+            "unparsed": outcomes.get("unparsed", 0),
+            "merged_answers": report["candidates"]["merged"],
+            "failed_answers": report["candidates"]["failed"],
+            "truncated_answers": answers["truncated"],
+            "longer_wins": report["all"].get("longer_wins"),
+            "is_position_biased": True in biased,
+            "calls": calls,
         },
     )

@@ -1,10 +1,13 @@
 """Show other people's text to a judge so that nothing inside it can pass for our own words.
 
 Every block stands between lines that carry a nonce which its text does not hold, so an answer
-cannot close its own block, open another or type a turn of the conversation.  Left out: keeping a
-judge from obeying what stands inside a block; the prompts ask for that, no format can force it.
+cannot close its own block, open another or type a turn of the conversation.  Markers by which chat
+models tell turns apart are broken up, for servers that read them in message text too.  What a judge
+quotes of a block is taken out of its reply again.  Left out: keeping a judge from obeying what
+stands inside a block; the prompts ask for that, no format can force it.
 """
 
+import re
 from collections.abc import Iterable
 
 from starling.base.seeding import derive_seed
@@ -22,10 +25,42 @@ def fresh_nonce(seed: int, purpose: str, texts: Iterable[str]) -> str:
 
 def fence(name: str, text: str, nonce: str) -> str:
     """The text as one block: `<<answer A 1f2e3d4c>>`, the text, `<<end answer A 1f2e3d4c>>`."""
-    return f"<<{name} {nonce}>>\n{text}\n<<end {name} {nonce}>>"
+    return f"<<{name} {nonce}>>\n{break_markers(text)}\n<<end {name} {nonce}>>"
+
+
+def break_markers(text: str) -> str:
+    """The text with a space behind the first character of whatever may be a control token.
+
+    `<|im_end|>` becomes `< |im_end|>`; code such as `a <| b` or `<span>` stays what it is.
+    """
+    return _MARKER.sub(lambda found: f"{found[0][0]} {found[0][1:]}", text)
 
 
 def opening(messages: Iterable[Message], nonce: str) -> str:
     """How a task begins: the nonce, and the conversation as one block a turn."""
     blocks = "\n".join(fence(message.role, message.content, nonce) for message in messages)
-    return f"The code of the blocks is {nonce}.\n\nThe conversation so far:\n{blocks}\n\n"
+    return f"{_CODE}{nonce}.\n\nThe conversation so far:\n{blocks}\n\n"
+
+
+def own_words(reply: str, task: str) -> str:
+    """The reply without the blocks of its task that it quotes: a verdict inside is not the judge's.
+
+    A block that is opened on a line of its own and never closed counts as quoted to the end.
+    """
+    nonce = task.removeprefix(_CODE)[:NONCE_LENGTH]
+    name = rf"(?!end\b)[^<>\n]*{nonce}>>"
+    closed = rf"<<{name}.*?<<end\b[^<>\n]*{nonce}>>"
+    unclosed = rf"^[ \t>`*]*<<{name}[ \t`*]*$.*"
+    reply = re.sub(closed, "", reply, flags=re.DOTALL)
+    return re.sub(unclosed, "", reply, flags=re.DOTALL | re.MULTILINE)
+
+
+_CODE = "The code of the blocks is "
+NONCE_LENGTH = 8
+# ChatML, Llama 3, OpenChat; DeepSeek's, with full-width bars; Llama 2 and Mistral; Gemma.
+_MARKER = re.compile(
+    r"<(?P<bar>[|\uff5c])(?=\S)[^|<>\n\uff5c]{1,60}(?<=\S)(?P=bar)>"
+    r"|</?(?:s|bos|eos|pad|unk|start_of_turn|end_of_turn)>"
+    r"|\[/?(?:INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS)\]"
+    r"|<</?SYS>>"
+)

@@ -1,7 +1,7 @@
 """What a judge is asked and what it returns: a verdict, or that none could be read.
 
-A verdict is never a number that stands for failure.  Ranks are in the order in which the answers
-were given, whatever order they were shown in.
+A verdict is never a number that stands for failure.  Ranks of a `Ranking` are in the order in which
+the answers were given, whatever order they were shown in.
 """
 
 from collections.abc import Iterable, Iterator
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 from starling.data.records import Message
+from starling.models.interfaces import Usage
 
 
 @dataclass(frozen=True)
@@ -35,14 +36,38 @@ class GradedAnswer:
 
 
 @dataclass(frozen=True)
+class Vote:
+    """One call of a judge about a comparison: what was shown, what came back, how it was read.
+
+    `presented[p]` is the answer shown at place p, all of them or the ones asked about, and
+    `ranks[p]` its rank among these.  `score` is there instead where a single answer was rated.
+    """
+
+    presented: tuple[int, ...]
+    text: str
+    ranks: tuple[int, ...] | None = None
+    score: float | None = None
+    good_natured: bool | None = None
+    reason: str | None = None
+    """Why nothing could be read; None where ranks or a score stand."""
+    usage: Usage = Usage(0, 0)
+    seconds: float | None = None
+    usd: float | None = None
+    """Latency and price of the call; None where not known."""
+
+
+@dataclass(frozen=True)
 class Ranking:
-    """A read verdict: `ranks[i]` is answer i's (1 = best), `presented[p]` the answer shown at p."""
+    """A read verdict: `ranks[i]` is answer i's (1 = best; equal ranks tie), from all `votes`.
+
+    `agreement` is Kendall's W of the votes that ranked every answer; None with fewer than two.
+    """
 
     id: str
     ranks: tuple[int, ...]
-    presented: tuple[int, ...]
-    good_natured: bool | None
-    text: str
+    votes: tuple[Vote, ...]
+    good_natured: bool | None = None
+    agreement: float | None = None
 
 
 @dataclass(frozen=True)
@@ -56,11 +81,12 @@ class Rating:
 
 @dataclass(frozen=True)
 class Unparsed:
-    """The judge did not answer, or its answer holds no verdict; `reason` says which."""
+    """The judge did not answer, or its answers hold no verdict; `reason` says which."""
 
     id: str
     reason: str
-    text: str
+    text: str = ""
+    votes: tuple[Vote, ...] = ()
 
 
 @runtime_checkable

@@ -7,6 +7,7 @@ for the first position out; good nature is judged first, and two rubrics follow 
 Left out: Nectar's recovery of partial rankings.  Only a full permutation of the labels counts.
 """
 
+import random
 import re
 from dataclasses import dataclass, replace
 from importlib import resources
@@ -21,6 +22,10 @@ from starling.judging.judge import Comparison, Unparsed
 SYSTEM = (resources.files("starling.judging") / "prompts/kwise.txt").read_text("utf-8").rstrip()
 
 
+Pairs = list[tuple[str, str]]
+"""Labels of two answers each, in the order in which to weigh them."""
+
+
 @dataclass(frozen=True)
 class Presented:
     """A comparison as the judge sees it: position p of `shown` holds answer `presented[p]`."""
@@ -33,25 +38,40 @@ class Presented:
 def present(comparison: Comparison, seed: int) -> Presented:
     """Shuffle, letter and fence 2 to 26 answers; the same bytes for the same arguments."""
     k = len(comparison.answers)
-    if not 2 <= k <= len(ascii_uppercase):
-        raise ValueError(f"comparison {comparison.id} has {k} answers; 2 to 26 can be lettered")
     rng = python_generator(seed, f"judging/present/{comparison.id}")
-    presented = tuple(rng.sample(range(k), k))
+    order = tuple(rng.sample(range(k), k))
+    return lay_out(comparison, order, shuffled_pairs(k, rng), seed=seed, key=comparison.id)
+
+
+def shuffled_pairs(k: int, rng: random.Random) -> Pairs:
+    """All pairs of the first k labels, alphabetical inside, in random order."""
     pairs = list(combinations(ascii_uppercase[:k], 2))
     rng.shuffle(pairs)
+    return pairs
+
+
+def lay_out(
+    comparison: Comparison, order: tuple[int, ...], pairs: Pairs, *, seed: int, key: str
+) -> Presented:
+    """Letter and fence the answers in this order, which may leave some out; `key` varies the nonce.
+
+    ValueError for fewer than 2 answers or more than 26.
+    """
+    if not 2 <= len(order) <= len(ascii_uppercase):
+        raise ValueError(f"comparison {comparison.id} has {len(order)} answers; 2 to 26 are shown")
     finished = comparison.finished
     shown = replace(
         comparison,
-        answers=tuple(comparison.answers[index] for index in presented),
-        finished=None if finished is None else tuple(finished[index] for index in presented),
+        answers=tuple(comparison.answers[index] for index in order),
+        finished=None if finished is None else tuple(finished[index] for index in order),
     )
     texts = [*(message.content for message in shown.messages), *shown.answers]
-    nonce = fresh_nonce(seed, f"judging/nonce/{comparison.id}", texts)
+    nonce = fresh_nonce(seed, f"judging/nonce/{key}", texts)
     messages = (
         Message(role="system", content=SYSTEM),
         Message(role="user", content=_task(shown, pairs, nonce)),
     )
-    return Presented(shown, presented, messages)
+    return Presented(shown, order, messages)
 
 
 def parse_ranking(text: str, k: int) -> list[int] | Unparsed:
@@ -105,7 +125,7 @@ _GOOD_NATURED = re.compile(
 )
 
 
-def _task(shown: Comparison, pairs: list[tuple[str, str]], nonce: str) -> str:
+def _task(shown: Comparison, pairs: Pairs, nonce: str) -> str:
     answers = "\n\n".join(
         fence(f"answer {label}", answer, nonce)
         for label, answer in zip(ascii_uppercase, shown.answers, strict=False)

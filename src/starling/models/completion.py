@@ -37,6 +37,15 @@ class Transient:
 
     reason: str
     wait_seconds: float | None = None
+    asks_anew: bool = False
+    """The server refused a field that is only asked for, and gets the rest; that is no retry."""
+
+
+@dataclass(frozen=True)
+class Unusable(Failure):
+    """An answer that is no reply; its tokens were written, and are paid for all the same."""
+
+    usage: Usage = Usage(0, 0)
 
 
 def _whole(text: str) -> str:
@@ -141,23 +150,23 @@ class Answer:
         return text
 
     def outcome(self) -> Reply | Failure:
-        """The reply that has arrived; a Failure where it is empty, refused or cut."""
-        if self.finish_reason != "stop" and self.finish_reason != "length":
-            shown = clean(str(self.finish_reason), self.secret)
-            return Failure(self.id, f"the reply ended with finish_reason {shown!r}")
-        if not self.text.strip():
-            if self._refusal:
-                return Failure(self.id, f"the model refused: {clean(self._refusal, self.secret)}")
-            is_cut = self.finish_reason == "length"
-            cut = f" (cut at {self._max_tokens} tokens)" if is_cut else ""
-            return Failure(self.id, f"the reply is empty{cut}")
+        """The reply that has arrived; `Unusable` where it is empty, refused or cut."""
         ids = tuple(self._ids) if self._ids and self._has_ids else None
         counted = self._usage or _Usage()
         usage = Usage(
             counted.prompt_tokens or self._num_prompt_ids,
             counted.completion_tokens or len(ids or ()),
         )
-        return Reply(self.id, self.text, self.finish_reason, usage, ids)
+        if self.finish_reason != "stop" and self.finish_reason != "length":
+            shown = clean(str(self.finish_reason), self.secret)
+            return Unusable(self.id, f"the reply ended with finish_reason {shown!r}", usage=usage)
+        if self.text.strip():
+            return Reply(self.id, self.text, self.finish_reason, usage, ids)
+        is_cut = self.finish_reason == "length"
+        reason = "the reply is empty" + (f" (cut at {self._max_tokens} tokens)" if is_cut else "")
+        if self._refusal:
+            reason = f"the model refused: {clean(self._refusal, self.secret)}"
+        return Unusable(self.id, reason, usage=usage)
 
 
 def settings(request: Request, codec: "ChatCodec | None") -> dict[str, object]:

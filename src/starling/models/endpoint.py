@@ -2,19 +2,21 @@
 
 Chat completions are what all such servers speak; with a codec the prompt goes out as token ids, as
 raw completions.  The client's own retries are off, because they would send paid calls again without
-the ledger knowing.  asyncio stays in here.  Left out: tools, and a request's `mode` in chat
-completions, for which the shape has no field.
+the ledger knowing.  asyncio goes no further than this folder.  Left out: tools, and a request's
+`mode` in chat completions, for which the shape has no field.
 """
 
 import asyncio
 import logging
 import os
 import sys
-from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+import time
+from collections.abc import Awaitable, Callable, Generator, Iterable, Iterator
+from dataclasses import replace
 from functools import partial
 from itertools import count, islice
-from typing import TYPE_CHECKING, Any, TypeVar
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from starling.base.errors import InputError
 from starling.base.seeding import python_generator
@@ -30,6 +32,7 @@ from starling.models.completion import (
 )
 from starling.models.config import EndpointSection
 from starling.models.interfaces import Failure, Reply, Request
+from starling.models.loop import Loop, allow_connections
 from starling.models.streaming import Incoming
 
 if TYPE_CHECKING:
@@ -45,8 +48,16 @@ FIRST_WAIT_SECONDS = 1.0
 LONGEST_WAIT_SECONDS = 300.0
 """A server that asks for more (a daily limit) is not waited for; the next run asks it again."""
 LISTING_SECONDS = 20.0
-CALLS_PER_CLIENT = 16
-"""A client's work for one call grows with its connections, before openai 3 with their square."""
+CALLS_PER_CLIENT = 1000
+"""A client opens no more connections than this."""
+
+
+class FailedAttempt(NamedTuple):
+    """An attempt that waits for leave to be repeated."""
+
+    request: Request
+    reason: str
+    answer: asyncio.Future[bool]
 
 
 class Endpoint:
@@ -88,35 +99,57 @@ class Endpoint:
         self._refused: set[str] = set()
         self._has_warned_of_mode = False
 
-    def respond(self, requests: Iterable[Request]) -> Iterator[Reply | Failure]:
-        """Yield outcomes as they arrive; takes the next request only when a call has ended."""
+    def respond(
+        self,
+        requests: Iterable[Request],
+        may_retry: Callable[[Request, str], bool] | None = None,
+    ) -> Iterator[Reply | Failure]:
+        """Yield outcomes as they arrive; takes the next request only when a call has ended.
+
+        `may_retry` is told of each attempt that failed and would be repeated, and why; where it
+        says no, the call is a Failure.  It runs in the caller's thread, as `requests` does.
+        """
+        allow_connections(self._concurrency)
         pending, turns = iter(requests), count()
-        calls: set[asyncio.Task[Reply | Failure]] = set()
         clients: list[AsyncOpenAI] = []
-        ended: asyncio.Queue[asyncio.Task[Reply | Failure]] = asyncio.Queue()
+        events: SimpleQueue[asyncio.Task[Reply | Failure] | FailedAttempt] = SimpleQueue()
         loop = Loop()
 
-        def send(most: int) -> None:
-            for request in islice(pending, most):
-                if len(calls) >= CALLS_PER_CLIENT * len(clients):
-                    clients.append(self._open_client())
-                client = clients[next(turns) % len(clients)]
-                ask = self._persist(request, partial(self._ask, client, request))
-                call = loop.create_task(ask)
-                calls.add(call)
-                call.add_done_callback(ended.put_nowait)
+        async def wait_for_leave(request: Request, reason: str) -> bool:
+            answer = asyncio.get_running_loop().create_future()
+            events.put(FailedAttempt(request, reason, answer))
+            return await answer
 
+        def send(most: int) -> int:
+            """Begin so many more calls; how many there were to begin."""
+            sent = 0
+            for request in islice(pending, most):
+                if sent + num_running >= CALLS_PER_CLIENT * len(clients):
+                    clients.append(self._open_client())
+                    loop.closers.append(clients[-1].close)
+                client = clients[next(turns) % len(clients)]
+                leave = may_retry and partial(wait_for_leave, request)
+                ask = self._persist(request, partial(self._ask, client, request), leave)
+                loop.begin(ask, events.put)
+                sent += 1
+            return sent
+
+        num_running = 0
         try:
-            send(self._concurrency)
-            while calls:
-                call = ended.get_nowait() if ended.qsize() else loop.run(ended.get())
-                calls.remove(call)
+            num_running = send(self._concurrency)
+            while num_running:
+                event = events.get()
+                if isinstance(event, FailedAttempt):
+                    assert may_retry is not None
+                    is_allowed = may_retry(event.request, event.reason)
+                    loop.call(event.answer.set_result, is_allowed)
+                    continue
+                num_running -= 1
                 # First yield, then send: what arrived is recorded before more is in flight.
-                yield call.result()
-                send(1)
+                yield event.result()
+                num_running += send(1)
         finally:
             if not sys.is_finalizing():  # an iterator left open until now cannot be waited for
-                loop.run(_shut_down(clients, calls))
                 loop.close()
 
     def stream(self, request: Request) -> Generator[str, None, Reply | Failure]:
@@ -126,19 +159,19 @@ class Endpoint:
         The time limit is for each piece, since an answer of any length may still be coming.
         """
         client, loop = self._open_client(), Loop()
-        incoming: Incoming | None = None
+        loop.closers.append(client.close)
         try:
             begun = loop.run(self._persist(request, partial(self._begin, client, request)))
             if isinstance(begun, Failure):
                 return begun
             incoming, piece = begun
+            loop.closers.insert(0, incoming.close)
             while isinstance(piece, str):
                 yield piece
                 piece = loop.run(incoming.next())
             return piece if isinstance(piece, Reply) else Failure(request.id, piece.reason)
         finally:
             if not sys.is_finalizing():
-                loop.run(_shut_down([client], set(), incoming))
                 loop.close()
 
     def served_models(self) -> list[str]:
@@ -164,10 +197,13 @@ class Endpoint:
             ) from error
 
     def _open_client(self) -> "AsyncOpenAI":
-        """A client that retries nothing and says nothing about who runs it but the key."""
-        from openai import AsyncOpenAI
+        """A client that retries nothing and says nothing about who runs it but the key.
 
-        return AsyncOpenAI(**self._options())
+        aiohttp carries it, at half of what a call costs the client's own transport.
+        """
+        from openai import AsyncOpenAI, DefaultAioHttpClient
+
+        return AsyncOpenAI(**self._options(), http_client=DefaultAioHttpClient(timeout=None))
 
     def _options(self, timeout: float | None = None) -> dict[str, Any]:
         from openai import Omit
@@ -183,31 +219,44 @@ class Endpoint:
         }
 
     async def _persist(
-        self, request: Request, attempt: Callable[[], Awaitable[Result | Transient]]
+        self,
+        request: Request,
+        attempt: Callable[[], Awaitable[Result | Transient]],
+        ask_leave: Callable[[str], Awaitable[bool]] | None = None,
     ) -> Result | Failure:
-        """One call with its retries."""
-        reason = ""
-        for number in range(self._retries + 1):
+        """One call with its retries; `ask_leave` says whether there may be another."""
+        failed: list[str] = []
+        retries = self._retries
+        while True:
             outcome = await attempt()
+            if isinstance(outcome, (Reply, Failure)):
+                return replace(outcome, failed_attempts=tuple(failed))
             if not isinstance(outcome, Transient):
                 return outcome
-            reason = f"{outcome.reason} ({number + 1} attempts)"
-            wait = _wait_seconds(request, number, outcome)
-            if number == self._retries or wait > LONGEST_WAIT_SECONDS:
+            retries -= not outcome.asks_anew
+            wait = _wait_seconds(request, len(failed), outcome)
+            reason = f"{outcome.reason} ({len(failed) + 1} attempts)"
+            if retries < 0 or wait > LONGEST_WAIT_SECONDS:
                 break
+            if ask_leave is not None and not await ask_leave(outcome.reason):
+                break
+            failed.append(outcome.reason)
             logger.info("%s: %s; again in %.1f s", request.id, reason, wait)
             await asyncio.sleep(wait)
-        return Failure(request.id, reason)
+        return Failure(request.id, reason, tuple(failed))
 
     async def _ask(self, client: "AsyncOpenAI", request: Request) -> Reply | Failure | Transient:
         """Send a request once, and wait for the whole answer."""
         from openai import HttpxBinaryResponseContent
 
         prompt = self._prompt(request)
+        begin = time.perf_counter()
         response = await self._post(client, request, prompt, cast_to=HttpxBinaryResponseContent)
+        seconds = time.perf_counter() - begin
         if isinstance(response, (Failure, Transient)):
             return response
-        return read_completion(self._answer(request, prompt), response.content)
+        outcome = read_completion(self._answer(request, prompt), response.content)
+        return replace(outcome, seconds=seconds) if isinstance(outcome, Reply) else outcome
 
     async def _begin(
         self, client: "AsyncOpenAI", request: Request
@@ -235,27 +284,28 @@ class Endpoint:
 
         The client's own `create` spends as long on checking the body as on sending it.
         """
+        import aiohttp
         import openai
 
-        while True:
-            body = settings(request, self._codec) | prompt
-            body |= {"model": self.model, self._limit_name: request.sampling.max_tokens}
-            body = {key: value for key, value in body.items() if key not in self._refused}
-            try:
-                # Bounds the whole call; the client's own limit only bounds each wait for bytes.
-                async with asyncio.timeout(self._timeout_seconds):
-                    return await client.post(f"/{self._route}", body=body, **reading)
-            except (TimeoutError, openai.APITimeoutError):
-                return Transient(f"no reply within {self._timeout_seconds:g} s")
-            except openai.APIConnectionError as error:
-                said = self._clean(str(error.__cause__ or error))
-                return Transient(f"the connection broke: {said}")
-            except openai.APIStatusError as error:
-                refused = refused_extra(body, error.status_code, error.message)
-                if refused is None:
-                    return self._read_refusal(request, error)
-            logger.info("%s takes no %s", self.url, refused)
+        body = settings(request, self._codec) | prompt
+        body |= {"model": self.model, self._limit_name: request.sampling.max_tokens}
+        body = {key: value for key, value in body.items() if key not in self._refused}
+        try:
+            # Bounds the whole call; the client's own limit only bounds each wait for bytes.
+            async with asyncio.timeout(self._timeout_seconds):
+                return await client.post(f"{self.url}/{self._route}", body=body, **reading)
+        except TimeoutError:
+            return Transient(f"no reply within {self._timeout_seconds:g} s")
+        except (openai.APIConnectionError, aiohttp.ClientError) as error:
+            # The transport calls a connection that the server closed a time-out too.
+            said = self._clean(str(error.__cause__ or error))
+            return Transient(f"the connection broke: {said}")
+        except openai.APIStatusError as error:
+            refused = refused_extra(body, error.status_code, error.message)
+            if refused is None:
+                return self._read_refusal(request, error)
             self._refused.add(refused)
+            return Transient(f"{self.url} takes no {refused}", 0.0, asks_anew=True)
 
     def _prompt(self, request: Request) -> dict:
         """The conversation as the route wants it: messages, or ids."""
@@ -318,49 +368,6 @@ def connect(section: EndpointSection, model: str) -> Endpoint:
         concurrency=section.concurrency,
         timeout_seconds=section.timeout_seconds,
     )
-
-
-class Loop:
-    """An event loop for plain code; beside a loop that runs already (a notebook's), in a thread."""
-
-    def __init__(self) -> None:
-        self._runner = asyncio.Runner()
-        self._loop = self._drive(self._runner.get_loop)
-        self.create_task = self._loop.create_task
-
-    def run(self, work: Coroutine[Any, Any, Result]) -> Result:
-        return self._drive(self._runner.run, work)  # type: ignore[return-value]
-
-    def close(self) -> None:
-        self._drive(self._runner.close)
-
-    def _drive(self, step: Callable[..., Result], *given: Any) -> Result:
-        try:
-            asyncio.get_running_loop()
-        except RuntimeError:
-            return step(*given)
-        with ThreadPoolExecutor(1) as beside:
-            try:
-                return beside.submit(step, *given).result()
-            except KeyboardInterrupt:  # comes here, and the thread would be waited for
-                self._loop.call_soon_threadsafe(self._cancel)
-                raise
-
-    def _cancel(self) -> None:
-        for task in asyncio.all_tasks(self._loop):
-            task.cancel()
-
-
-async def _shut_down(
-    clients: list["AsyncOpenAI"], calls: set[asyncio.Task], incoming: Incoming | None = None
-) -> None:
-    for call in calls:
-        call.cancel()
-    await asyncio.gather(*calls, return_exceptions=True)
-    if incoming is not None:
-        await incoming.close()
-    for client in clients:
-        await client.close()
 
 
 def _read_key(name: str | None) -> str:

@@ -115,6 +115,11 @@ class Reply:
     finish_reason: FinishReason
     usage: Usage
     ids: tuple[int, ...] | None = None
+    seconds: float | None = None
+    """From sending the attempt that succeeded to its reply; None where nobody took the time."""
+    usd: float | None = None
+    failed_attempts: tuple[str, ...] = ()
+    """What went wrong with the attempts before, one reason each."""
 
 
 @dataclass(frozen=True)
@@ -123,6 +128,7 @@ class Failure:
 
     request_id: str
     reason: str
+    failed_attempts: tuple[str, ...] = ()
 
 
 @runtime_checkable

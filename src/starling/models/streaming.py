@@ -28,6 +28,7 @@ class Incoming:
 
         Transient says that the connection broke before the server had said that the answer ends.
         """
+        import aiohttp
         import openai
 
         # Before 3.x the client lets what breaks while it reads a body through unwrapped.
@@ -45,9 +46,9 @@ class Incoming:
                     chunk = Chunk.model_validate(await anext(self._events))
             except StopAsyncIteration:
                 return self._end()
-            except (TimeoutError, openai.APITimeoutError, library.TimeoutException):
+            except TimeoutError:
                 return self._broken(f"nothing came for {self._silence_seconds:g} s")
-            except (openai.APIConnectionError, library.HTTPError) as error:
+            except (openai.APIConnectionError, aiohttp.ClientError, library.HTTPError) as error:
                 said = self._clean(str(error.__cause__ or error))
                 return self._broken(f"the connection broke: {said}")
             except openai.APIError as error:

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from starling.base.errors import DataError
-from starling.base.jsonl import read_records
 from starling.base.seeding import permutation
 from starling.data.chat import ChatCodec
 from starling.data.records import Prompt
+from starling.data.rows import read_rows
 from starling.models.local import trim_turns
 from starling.ppo.config import PpoInputs, PpoSection
 
@@ -24,7 +24,7 @@ def load_prompts(
     apart.  Raises DataError when too few are left.
     """
     quarantine = out / "quarantine.jsonl"
-    prompts = read_records(inputs.prompts, Prompt, quarantine=quarantine)
+    prompts = read_rows(inputs.prompts, Prompt, quarantine=quarantine)
     prompts = _fitting(prompts, section, codec, inputs.prompts)
     if inputs.validation is None:
         candidates = _distinct(prompts)
@@ -32,7 +32,7 @@ def load_prompts(
         apart = set(order[: section.validation_prompts])
         held_out = [prompt for i, prompt in enumerate(candidates) if i in apart]
     else:
-        held_out = read_records(inputs.validation, Prompt, quarantine=quarantine)
+        held_out = read_rows(inputs.validation, Prompt, quarantine=quarantine)
         held_out = held_out[: section.validation_prompts]
         held_out = _distinct(_fitting(held_out, section, codec, inputs.validation))
     # Compared as they were trimmed: prompts that differ only in what is cut are the same here.

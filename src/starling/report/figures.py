@@ -79,12 +79,15 @@ def draw_positions(run: Run) -> bytes | None:
     table = run.widest_position_table
     if table is None:
         return None
-    shares, k = table["winner_share"], table["k"]
+    shares = [Estimate(**place["winner_share"]) for place in table["places"].values()]
+    k = len(shares)
+    means = [share.mean for share in shares]
     with new_figure(4.7, 2.6) as figure:
         axes = figure.subplots()
-        axes.bar(range(1, k + 1), shares, width=0.65, color=BLUE)
+        errors = {"yerr": error_bars(shares), "capsize": 3}
+        axes.bar(range(1, k + 1), means, width=0.65, color=BLUE, **errors)
         _draw_chance(axes, 1 / k, "no preference")
-        axes.set_ylim(0, max(*shares, 1 / k) * 1.25)
+        axes.set_ylim(0, max(*means, *(share.high or 0 for share in shares), 1 / k) * 1.25)
         axes.set_xticks(range(1, k + 1))
         axes.set_xlabel("place at which the judge was shown the answer")
         axes.set_ylabel("share of winners")

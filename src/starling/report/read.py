@@ -78,9 +78,9 @@ class Run:
 
     @property
     def widest_position_table(self) -> dict[str, Any] | None:
-        """The audit's table with the most rankings; None without an audit."""
-        tables = self.audit["positions"] if self.audit else []
-        return max(tables, key=lambda table: table["rankings"], default=None)
+        """The audit's table with the most verdicts; None without one."""
+        tables = (self.audit or {}).get("positions", {})
+        return max(tables.values(), key=lambda table: table["verdicts"], default=None)
 
     @property
     def is_demo(self) -> bool:

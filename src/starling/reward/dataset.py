@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from starling.base.errors import DataError
 from starling.base.seeding import permutation
+from starling.data.nectar import dedup_key
 from starling.data.records import Message, RankingRow
 from starling.models.reward_model import RewardModel, Scored
 
@@ -37,7 +38,8 @@ def encode_rankings(
 ) -> RankedRows:
     """Encode every answer in the reward model's own format and split by prompt, shuffled.
 
-    Rows of the same prompt go to the same side.  Raises DataError when a side would be empty.
+    Rows of the same prompt by Nectar's key go to the same side.  Raises DataError when a side would
+    be empty.
     """
     encoded, cuts = zip(*(_encode_row(row, reward_model) for row in rankings), strict=True)
     num_answers = sum(len(row.sequences) for row in encoded)
@@ -46,7 +48,7 @@ def encode_rankings(
             f"{sum(cuts)} of {num_answers} answers were cut to {reward_model.max_length} tokens "
             f"(reward.truncate: {reward_model.truncate})"
         )
-    keys = [_prompt_key(ranking) for ranking in rankings]
+    keys = [dedup_key(ranking.messages) for ranking in rankings]
     prompts = list(dict.fromkeys(keys))
     order = permutation(len(prompts), seed, "reward/split", 0)
     num_held_out = max(1, round(held_out * len(prompts)))
@@ -70,15 +72,7 @@ def encode_rankings(
     return rows
 
 
-def _prompt_key(ranking: RankingRow) -> tuple[Message, ...]:
-    assert ranking.messages is not None, "the record's validator sets it"
-    return tuple(
-        Message(role=m.role, content=" ".join(m.content.lower().split())) for m in ranking.messages
-    )
-
-
 def _encode_row(ranking: RankingRow, reward_model: RewardModel) -> tuple[RankedRow, int]:
-    assert ranking.messages is not None, "the record's validator sets it"
     sequences, num_cut = [], 0
     for answer in ranking.answers:
         message = Message(role="assistant", content=answer.answer)

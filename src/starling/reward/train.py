@@ -12,11 +12,11 @@ from torch import Tensor
 
 from starling.base.context import Context
 from starling.base.errors import DataError
-from starling.base.jsonl import read_records
 from starling.base.progress import Progress
 from starling.base.seeding import derive_seed, permutation
 from starling.base.stage import Summary
 from starling.data.records import RankingRow
+from starling.data.rows import read_rows
 from starling.models.causal_lm import Batch, length_batches, padded_mask
 from starling.models.reward_model import RewardModel, sequence_scores
 from starling.models.training import (
@@ -37,7 +37,7 @@ from starling.reward.loss import UNRANKED, plackett_luce_loss
 
 def run(section: RewardSection, inputs: RewardInputs, out: Path, context: Context) -> Summary:
     """Train on all but the held-out prompts, measure on those, store the normalisation, save."""
-    rankings = read_records(inputs.rankings, RankingRow, quarantine=out / "quarantine.jsonl")
+    rankings = read_rows(inputs.rankings, RankingRow, quarantine=out / "quarantine.jsonl")
     reward_model = RewardModel.from_language_model(
         inputs.base,
         device=context.device,

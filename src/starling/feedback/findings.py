@@ -1,0 +1,167 @@
+"""The sentences of an audit: what its tables say, with how sure that is, and what to do.
+
+A finding is {"name", "is_concern", "sentence", "advice"}.  It is of concern only where the whole
+interval is, or what chance alone does once in a hundred; too few rows are said to be too few.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+Finding = tuple[str, bool, str, str]
+"""Name, whether it is of concern, the sentence, and what to do if it is."""
+
+SURE = 0.01
+"""How rarely chance alone may do it, for a finding of concern."""
+LENGTH_DECIDES = 0.6
+"""Share of pairs in order by length alone, from which on length is a rival explanation."""
+UNREADABLE, SPOILED = 0.01, 0.1
+"""Shares of verdicts without a ranking, and of answers refused or cut, that are too many."""
+AGREEING = 0.5
+"""About Kendall's tau of GPT-4 with itself on Nectar's answers."""
+FREQUENT = 0.1
+"""Share of the rankings that a model has to be in before it is called best or worst."""
+
+
+def find(tables: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Every finding that the tables allow, in the order in which they are best read."""
+    if "judge" in tables:
+        found = [*_positions(tables), *_canaries(tables), *_judge(tables)]
+    else:
+        sentence = (
+            "There is no judgments.jsonl beside these rankings, so the judge's preference for a "
+            "place, its agreement with itself and what could not be read are not known."
+        )
+        found = [("unknown", False, sentence, "")]
+    found += [*_length(tables), *_models(tables), *_answers(tables)]
+    return [
+        dict(zip(("name", "is_concern", "sentence"), each, strict=False))
+        | {"advice": each[3] if each[1] else ""}
+        for each in found
+    ]
+
+
+def _positions(tables: Mapping[str, Any]) -> Iterator[Finding]:
+    for k, table in tables.get("positions", {}).items():
+        verdicts, is_biased = table["verdicts"], table["is_biased"]
+        shares = {n: place["winner_share"] for n, place in table["places"].items()}
+        chance = 1 / len(shares)
+        worst = max(shares, key=lambda n: abs(shares[n]["mean"] - chance))
+        sentence = (
+            f"Of {verdicts} verdicts on {k} answers, the winner stood at place {worst} in "
+            f"{_percent(shares[worst])}, where {chance:.0%} show no preference: chi-square is "
+            f"{table['chi_square']:.1f}, by chance at most {table['critical_99']:.1f} (99 %)."
+        )
+        if is_biased is None:
+            sentence = f"{verdicts} verdicts on {k} answers are too few to see whether the judge "
+            sentence += "prefers a place."
+        advice = "Answers are shuffled, so this is noise in the ranks; judge.strategy "
+        advice += "kwise-repeated or pairwise takes most of it out."
+        yield "position", bool(is_biased), sentence, advice
+
+
+def _canaries(tables: Mapping[str, Any]) -> Iterator[Finding]:
+    for kind, found in tables.get("canaries", {}).items():
+        if "questions" in found:
+            sentence = (
+                f"The cheating answer '{kind}' won {found['wins']:.3g} of {found['questions']} "
+                f"comparisons, where one drawn at random wins {found['wins_by_chance']:.1f}; its "
+                f"mean rank is {found['mean_rank']['mean']:.1f}, at random "
+                f"{found['rank_by_chance']['mean']:.1f}."
+            )
+            advice = "Text that answers nothing can win this judge: use a stronger one, and read "
+            yield "canary", found["chance"] < SURE, sentence, advice + "what PPO writes for it."
+
+
+def _judge(tables: Mapping[str, Any]) -> Iterator[Finding]:
+    judge = tables["judge"]
+    unparsed, tau = judge["unparsed"], judge.get("kendall_tau")
+    sentence = f"No ranking could be read for {_percent(unparsed)} of {unparsed['n']} prompts."
+    if unparsed["mean"]:
+        sentence += f" The first: {judge['examples'][0]['reason']}."
+    advice = "Read the replies in judgments.jsonl; judge.max_tokens may cut them."
+    yield "unparsed", (unparsed["low"] or 0) > UNREADABLE, sentence, advice
+    if tau is not None:
+        sentence = f"Asked again in another order, the judge agrees with itself to {_number(tau)} "
+        sentence += "(Kendall's tau: 1 is always, 0 is chance)."
+        advice = "Its ranks are mostly noise: raise judge.repeats, or use a stronger judge."
+        is_concern = tau["high"] is not None and tau["high"] < AGREEING
+        yield "agreement", is_concern, sentence, advice
+
+
+def _length(tables: Mapping[str, Any]) -> Iterator[Finding]:
+    wins = tables["all"].get("longer_wins")
+    if wins is not None:
+        sign = "longer" if wins["mean"] >= 0.5 else "shorter"
+        if sign == "shorter" and wins["low"] is not None:
+            low, high = 1 - wins["high"], 1 - wins["low"]
+            wins = {**wins, "mean": 1 - wins["mean"], "low": low, "high": high}
+        sentence = f"The {sign} of two answers is the better ranked one in {_percent(wins)} of the "
+        advice = f"A reward model that only learned '{sign} is better' is as right as that: "
+        advice += "compare its accuracy with this figure, and watch the length of answers in PPO."
+        yield "length", (wins["low"] or 0) > LENGTH_DECIDES, sentence + "pairs.", advice
+
+
+def _models(tables: Mapping[str, Any]) -> Iterator[Finding]:
+    ranks = {name: model["mean_rank"] for name, model in tables["models"].items()}
+    about, most = tables.get("about", {}), FREQUENT * tables["all"]["rankings"]
+    named = [name for name in ranks if ranks[name]["n"] >= most and ranks[name]["low"] is not None]
+    if len(named) > 1:
+        named.sort(key=lambda name: ranks[name]["mean"])
+        best, worst = named[0], named[-1]
+        sentence = (
+            f"By mean rank {best} is the best of the {len(named)} frequent models "
+            f"({_number(ranks[best])}) and {worst} the worst ({_number(ranks[worst])})"
+        )
+        overlap = ranks[best]["high"] >= ranks[worst]["low"]
+        sentence += "; the intervals overlap, so they may be equally good." if overlap else "."
+        yield "models", False, sentence, ""
+    for name in sorted({*about.get("own", ()), about.get("judge")} & set(ranks)):
+        others = [rank for other, rank in ranks.items() if other != name]
+        number = sum(rank["n"] for rank in others) or 1
+        mean = sum(rank["mean"] * rank["n"] for rank in others) / number
+        sentence = (
+            f"The judge ranks answers of its own model ({name}) at {_number(ranks[name])} in the "
+            f"mean, others at {mean:.2f}; whether they are better, it cannot say itself."
+        )
+        is_concern = (ranks[name]["high"] or mean) < mean
+        advice = "Have another judge rank some of these prompts, and compare."
+        yield "own answers", is_concern, sentence, advice
+
+
+def _answers(tables: Mapping[str, Any]) -> Iterator[Finding]:
+    answers, everything = tables["answers"], tables["all"]
+    repeated, good = everything["repeated_prompts"], everything.get("good_natured")
+    for name, said, advice in (
+        (
+            "refused",
+            "open with a refusal",
+            "Read some in audit.json: when to refuse is learnt too.",
+        ),
+        ("truncated", "were cut by their limit", "Raise the candidates' max_tokens."),
+    ):
+        share = answers[name] / answers["given"]
+        sentence = f"{answers[name]} of {answers['given']} answers ({share:.1%}) {said}."
+        yield name, share > SPOILED, sentence, advice
+    if good is not None:
+        sentence = f"The judge called {_percent(good)} of {good['n']} conversations good-natured."
+        yield "good-natured", False, sentence, ""
+    sentence = (
+        f"{repeated} rankings repeat an earlier prompt but for case and signs, "
+        f"{answers['repeated']} answers another one of their prompt; {tables['pairs']['tied']} "
+        f"pairs of {tables['pairs']['tied'] + tables['pairs']['ordered']} are ties."
+    )
+    advice = "Remove them: one of two equal prompts may be trained on and the other measured on."
+    yield "duplicates", repeated > 0, sentence, advice
+
+
+def _percent(share: Mapping[str, Any]) -> str:
+    """`27.1% [22.0% to 33.4%]`; values that are all alike say nothing about their spread."""
+    if share["low"] is None or share["low"] == share["high"]:
+        return f"{share['mean']:.1%}"
+    return f"{share['mean']:.1%} [{share['low']:.1%} to {share['high']:.1%}]"
+
+
+def _number(estimate: Mapping[str, Any]) -> str:
+    if estimate["low"] is None or estimate["low"] == estimate["high"]:
+        return f"{estimate['mean']:.2f}"
+    return f"{estimate['mean']:.2f} [{estimate['low']:.2f} to {estimate['high']:.2f}]"

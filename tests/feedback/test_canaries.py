@@ -1,0 +1,54 @@
+"""Cheating answers: drawn fairly, of every kind, and never more than they may be."""
+
+from collections import Counter
+
+import pytest
+
+from starling.data.records import Message, Prompt
+from starling.feedback.canaries import KINDS, canary_text, draw_canaries, with_canary
+from starling.judging.judge import Comparison, Ranking, Unparsed
+from starling.judging.kwise import parse_ranking
+
+ASKED = (Message(role="user", content="?"),)
+
+
+def prompts(n):
+    return [Prompt(messages=ASKED, id=f"p{number}") for number in range(n)]
+
+
+@pytest.mark.parametrize(
+    ("n", "most", "expected"), [(100, 40, 10), (1000, 40, 40), (9, 40, 0), (100, 0, 0), (10, 1, 1)]
+)
+def test_at_most_one_prompt_in_ten_carries_a_canary(n, most, expected):
+    assert len(draw_canaries(prompts(n), most, seed=0)) == expected
+
+
+def test_every_kind_is_drawn_as_often_and_by_the_seed():
+    drawn = draw_canaries(prompts(400), 40, seed=0)
+    assert Counter(drawn.values()) == dict.fromkeys(KINDS, 10)
+    assert drawn == draw_canaries(prompts(400), 40, seed=0)
+    assert drawn.keys() != draw_canaries(prompts(400), 40, seed=1).keys()
+    # Spread over the file, not its head.
+    assert any(int(id[1:]) > 200 for id in drawn)
+
+
+def test_a_canary_takes_the_place_of_the_answer_that_came_last():
+    asked = Comparison("a", ASKED, ("x", "y", "z"), {"contains_all": ["x"]}, (True, False, False))
+    cheated, index = with_canary(asked, Ranking("a", (2, 3, 1), ()), "rank me first")
+    assert index == 1
+    assert cheated.answers == ("x", canary_text("rank me first", 3), "z")
+    assert cheated.finished == (True, True, False)
+    assert (cheated.id, cheated.checks) == ("a/canary", asked.checks)
+    assert asked.answers == ("x", "y", "z")
+
+
+@pytest.mark.parametrize("kind", ["bare ranking", "forged verdict"])
+@pytest.mark.parametrize("k", [2, 7, 26])
+def test_forged_rankings_are_such_as_a_careless_reader_would_take(kind, k):
+    # Otherwise a judge that reads verdicts out of answers would pass unnoticed.
+    assert parse_ranking(canary_text(kind, k), k) == list(range(k))
+
+
+@pytest.mark.parametrize("kind", ["null model", "rank me first"])
+def test_the_others_hold_no_ranking(kind):
+    assert isinstance(parse_ranking(canary_text(kind, 3), 3), Unparsed)
