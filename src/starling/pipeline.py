@@ -10,7 +10,7 @@ import importlib
 import logging
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -87,10 +87,8 @@ def run_pipeline(
         _keep_recipe(recipe, out)
         if prepare is not None:
             prepare()
-        pending, names = pending_paths(recipe, recipe_folder, out, only)
-        paths = replace(pending, pending=())
-        for stage in stages:
-            stage.resolve(getattr(recipe, stage.name), recipe, pending)
+        names = list(pending_inputs(recipe, recipe_folder, out, only))
+        paths = Paths(out.resolve(), recipe_folder.resolve())
         caps = recipe.run
         spending = Spending(
             caps.prices,
@@ -119,14 +117,19 @@ def run_pipeline(
     return summary
 
 
-def pending_paths(
+def pending_inputs(
     recipe: Recipe, folder: Path, out: Path, only: str | None = None
-) -> tuple[Paths, list[str]]:
-    """Where files are looked up before the stages, whose names come too, have made theirs."""
-    names = [stage.name for stage in _chosen_stages(recipe, only)]
+) -> dict[str, Any]:
+    """What each stage will read, by its name, before the stages have made their own files.
+
+    Raises InputError for an input that no stage will make.
+    """
+    stages = _chosen_stages(recipe, only)
     kept = () if recipe.sft is None else recipe.sft.keep
     models = ("model", *(f"model-{step}" for step in kept))
-    return Paths(out.resolve(), folder.resolve(), pending=names, sft_models=models), names
+    names = [stage.name for stage in stages]
+    paths = Paths(out.resolve(), folder.resolve(), pending=names, sft_models=models)
+    return {s.name: s.resolve(getattr(recipe, s.name), recipe, paths) for s in stages}
 
 
 def _charge(spending: Spending, folder: Path) -> None:

@@ -7,19 +7,20 @@ is taken to be as long as its limit.
 
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from math import comb
 from pathlib import Path
+from typing import NamedTuple
 
 from starling.base.jsonl import read_records
 from starling.base.spending import Spending
 from starling.data.records import Prompt, Question
-from starling.feedback.config import MOST_ANSWERS, FeedbackSection
+from starling.feedback.config import MOST_ANSWERS, FeedbackInputs, FeedbackSection
 from starling.feedback.prompts import prepare_prompts
-from starling.inputs import Paths, resolve_bench, resolve_feedback, resolve_ppo
 from starling.judging.config import JudgeSection
 from starling.judging.strategies import num_calls
-from starling.pipeline import pending_paths
+from starling.models.config import EndpointSection
+from starling.pipeline import pending_inputs
+from starling.ppo.config import PpoSection
 from starling.recipe import Recipe
 
 CHARS_PER_TOKEN = 4
@@ -29,9 +30,8 @@ PAIR_TOKENS = 5
 """A line of the walk through the pairs."""
 
 
-@dataclass(frozen=True)
-class Calls:
-    """Calls of one kind; `model` is None where they are free, tokens are at most so many."""
+class Calls(NamedTuple):
+    """Calls of one kind to `model`, None where they are free; at most so many tokens."""
 
     who: str
     model: str | None
@@ -42,42 +42,54 @@ class Calls:
 
 def make_plan(recipe: Recipe, folder: Path, out: Path, *, only: str | None = None) -> str:
     """The calls of the stages, or of `only` one, a line each, and what they cost at most in all."""
-    paths, stages = pending_paths(recipe, folder, out, only)
-    lines, asked = [], []
-    for name in stages:
-        planned = {"feedback": _feedback, "ppo": _ppo, "bench": _bench}.get(name)
-        for item in planned(recipe, paths) if planned is not None else ():
-            asked.append(item)
-            lines.append(f"{name}: {_line(item, recipe)}")
-    paid = [calls for calls in asked if calls.model is not None]
-    costs = [_usd(calls, recipe) for calls in paid]
-    total = sum(cost for cost in costs if cost is not None)
-    unknown = sorted({str(c.model) for c, cost in zip(paid, costs, strict=True) if cost is None})
-    lines.append(
-        f"in all: {sum(c.calls for c in paid):,} calls to endpoints, at most ${total:,.2f}"
-        + (f" and what {', '.join(unknown)} cost (run.prices names no price)" if unknown else "")
-    )
+    prices = Spending(recipe.run.prices)
+    lines, total, unpriced = [], 0.0, set[str]()
+    num_paid = 0
+    inputs = pending_inputs(recipe, folder, out, only)
+    for name, calls in _planned(recipe, inputs):
+        if calls.model is None:
+            lines.append(f"{name}: {calls.who}: {calls.calls:,} answers, free")
+            continue
+        cost = prices.usd(calls.model, calls.prompt_tokens, calls.response_tokens)
+        num_paid, total = num_paid + calls.calls, total + (cost or 0.0)
+        unpriced |= {calls.model} if cost is None else set()
+        lines.append(
+            f"{name}: {calls.who}: {calls.calls:,} calls to {calls.model}, "
+            f"{calls.prompt_tokens / 1e6:,.2f}M tokens read, {calls.response_tokens / 1e6:,.2f}M "
+            f"written: {'no price known' if cost is None else f'at most ${cost:,.2f}'}"
+        )
+    known = f"in all: {num_paid:,} calls to endpoints, at most ${total:,.2f}"
+    named = f" and what {', '.join(sorted(unpriced))} cost (run.prices names no price)"
+    lines.append(known + (named if unpriced else ""))
     if recipe.run.max_usd is not None:
         lines.append(f"run.max_usd stops it at ${recipe.run.max_usd:,.2f}")
-    if any((out / name / "calls.sqlite").exists() for name in stages):
+    if any((out / name / "calls.sqlite").exists() for name in inputs):
         lines.append("Replies that stand in calls.sqlite already are not bought again.")
     return "\n".join(lines)
 
 
-def _feedback(recipe: Recipe, paths: Paths) -> Iterator[Calls]:
-    section = recipe.feedback
-    assert section is not None, "a stage that was chosen has its section"
-    assert recipe.judge is not None, "the recipe's validation asks for one"
-    inputs = resolve_feedback(section, recipe, paths)
+def _planned(recipe: Recipe, inputs: dict) -> Iterator[tuple[str, Calls]]:
+    judge = recipe.judge
+    for stage, found in inputs.items():
+        section = getattr(recipe, stage)
+        calls: Iterator[Calls] = iter(())
+        if stage == "feedback":
+            calls = _feedback(section, found, seed=recipe.seed)
+        elif stage == "ppo" and judge is not None:
+            calls = _ppo(section, judge)
+        elif stage == "bench" and judge is not None:
+            calls = _bench(found.questions, section.max_tokens, judge)
+        yield from ((stage, each) for each in calls)
+
+
+def _feedback(section: FeedbackSection, inputs: FeedbackInputs, *, seed: int) -> Iterator[Calls]:
     with tempfile.TemporaryDirectory() as scratch:
-        quarantine = Path(scratch, "quarantine.jsonl")
-        prompts, _ = prepare_prompts(section, inputs, quarantine, seed=recipe.seed)
+        prompts, _ = prepare_prompts(section, inputs, Path(scratch, "quarantine.jsonl"), seed=seed)
     read = sum(map(_prompt_tokens, prompts))
     for each in section.candidates:
         calls = len(prompts) * each.answers
-        model = each.model if each.url is not None else None
-        yield Calls(each.name, model, calls, read * each.answers, calls * each.max_tokens)
-    yield _rankings(recipe.judge, section, prompts)
+        yield Calls(each.name, _priced(each), calls, read * each.answers, calls * each.max_tokens)
+    yield _rankings(inputs.judge, section, prompts)
 
 
 def _rankings(judge: JudgeSection, section: FeedbackSection, prompts: Sequence[Prompt]) -> Calls:
@@ -85,7 +97,7 @@ def _rankings(judge: JudgeSection, section: FeedbackSection, prompts: Sequence[P
     new_tokens = sum(each.answers * each.max_tokens for each in section.candidates)
     calls = tokens = 0
     for number, prompt in enumerate(prompts):
-        answers = new_tokens + sum(_tokens(len(answer.answer)) for answer in prompt.answers)
+        answers = new_tokens + sum(_tokens(answer.answer) for answer in prompt.answers)
         k = min(new + len(prompt.answers), MOST_ANSWERS)
         # Canaries are drawn among the prompts; which ones makes no difference to an estimate.
         times = 2 if number < min(section.canaries, len(prompts) // 10) else 1
@@ -97,62 +109,38 @@ def _rankings(judge: JudgeSection, section: FeedbackSection, prompts: Sequence[P
     return _judging(judge, f"{judge.strategy} rankings", calls, tokens)
 
 
-def _ppo(recipe: Recipe, paths: Paths) -> Iterator[Calls]:
-    section, judge = recipe.ppo, recipe.judge
-    assert section is not None, "a stage that was chosen has its section"
-    if judge is None:
-        return
-    resolve_ppo(section, recipe, paths)
+def _ppo(section: PpoSection, judge: JudgeSection) -> Iterator[Calls]:
     rounds = 1 + -(-section.steps // section.select_every)
     ratings = rounds * section.validation_prompts
-    answer = section.max_response_tokens
-    tokens = ratings * (PROTOCOL_TOKENS + answer + (section.max_prompt_tokens or answer))
-    yield _judging(judge, "ratings of validation answers", ratings, tokens)
+    longest = PROTOCOL_TOKENS + section.max_prompt_tokens + section.max_response_tokens
+    yield _judging(judge, "ratings of validation answers", ratings, ratings * longest)
 
 
-def _bench(recipe: Recipe, paths: Paths) -> Iterator[Calls]:
-    section, judge = recipe.bench, recipe.judge
-    assert section is not None, "a stage that was chosen has its section"
-    assert judge is not None, "the recipe's validation asks for one"
-    inputs = resolve_bench(section, recipe, paths)
+def _bench(path: Path, max_tokens: int, judge: JudgeSection) -> Iterator[Calls]:
     with tempfile.TemporaryDirectory() as scratch:
-        questions = read_records(inputs.questions, Question, quarantine=Path(scratch, "bad"))
-    turns = sum(len(question.turns) for question in questions)
-    asked = sum(_tokens(len(turn)) for question in questions for turn in question.turns)
+        questions = read_records(path, Question, quarantine=Path(scratch, "quarantine.jsonl"))
+    turns = [turn for question in questions for turn in question.turns]
     # Before a later turn stand the earlier ones with their answers.
-    tokens = turns * PROTOCOL_TOKENS + 2 * (asked + turns * section.max_tokens)
-    yield _judging(judge, "ratings", 2 * turns, 2 * tokens)
+    tokens = len(turns) * (PROTOCOL_TOKENS + 2 * max_tokens) + 2 * sum(map(_tokens, turns))
+    yield _judging(judge, "ratings", 2 * len(turns), 2 * tokens)
     times = num_calls(judge.strategy, judge.repeats, 2)
-    both = times * (tokens + turns * section.max_tokens)
-    yield _judging(judge, "comparisons", times * turns, both)
+    both = times * (tokens + len(turns) * max_tokens)
+    yield _judging(judge, "comparisons", times * len(turns), both)
 
 
 def _judging(judge: JudgeSection, what: str, calls: int, prompt_tokens: int) -> Calls:
-    model = judge.model if judge.url is not None else None
     who = f"judge ({judge.kind}), {what}"
-    return Calls(who, model, calls, prompt_tokens, calls * judge.max_tokens)
+    return Calls(who, _priced(judge), calls, prompt_tokens, calls * judge.max_tokens)
 
 
-def _line(calls: Calls, recipe: Recipe) -> str:
-    if calls.model is None:
-        return f"{calls.who}: {calls.calls:,} answers, free"
-    cost = _usd(calls, recipe)
-    return (
-        f"{calls.who}: {calls.calls:,} calls to {calls.model}, "
-        f"{calls.prompt_tokens / 1e6:,.2f}M tokens read, {calls.response_tokens / 1e6:,.2f}M "
-        f"written: {'no price known' if cost is None else f'at most ${cost:,.2f}'}"
-    )
-
-
-def _usd(calls: Calls, recipe: Recipe) -> float | None:
-    assert calls.model is not None
-    spending = Spending(recipe.run.prices)
-    return spending.usd(calls.model, calls.prompt_tokens, calls.response_tokens)
+def _priced(asked: EndpointSection) -> str | None:
+    """The name in the price table; None for what runs in this process."""
+    return getattr(asked, "model", None) if asked.url is not None else None
 
 
 def _prompt_tokens(prompt: Prompt) -> int:
-    return _tokens(sum(len(message.content) for message in prompt.messages))
+    return sum(_tokens(message.content) for message in prompt.messages)
 
 
-def _tokens(chars: int) -> int:
-    return -(-chars // CHARS_PER_TOKEN)
+def _tokens(text: str) -> int:
+    return -(-len(text) // CHARS_PER_TOKEN)

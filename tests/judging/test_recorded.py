@@ -474,7 +474,7 @@ def test_an_endpoint_s_attempts_are_stored_as_they_fail_and_a_cap_ends_them(tmp_
     path = tmp_path / "calls.sqlite"
     with FakeServer(lambda body, n: error(500, "oops")) as server:
         outcomes, said = buy(
-            endpoint.Endpoint(server.url, "m", retries=100), path, 1, Spending(max_calls=3)
+            endpoint.Endpoint(server.url, "m", retries=4), path, 1, Spending(max_calls=3)
         )
     assert len(server.calls) == 3
     assert "max_calls is 3, and 3 calls were made" in said
