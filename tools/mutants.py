@@ -87,7 +87,7 @@ CHANGES = {
         ("tail = (1 - LEVEL) / 2", "tail = 1 - LEVEL"),
         ("weights=array - mean)", "weights=array)"),
         ("/ sizes[drawn].sum(axis=1)", "/ num_clusters"),
-        ("if len(number_of) > 1:", "if True:"),
+        ("if len(sizes) < 2:", "if False:"),
     ],
     ("ppo/train.py", "tests/ppo/test_rollout_and_update.py"): [
         ("int(rollout.response_mask[minibatch].sum())", "len(minibatch)"),
@@ -160,8 +160,10 @@ CHANGES = {
         ("bool(normalizer.get(4, 1))", "bool(normalizer.get(4, 0))"),
     ],
     ("data/chat.py", "tests/data/test_chat_formats.py"): [
-        ("(SPACE if prefix and message['content'] else '')", "(SPACE if prefix else '')"),
         ('turns = [*turns, "assistant"]', "turns = [*turns]"),
+    ],
+    ("data/templates/turns.jinja", "tests/data/test_chat_formats.py"): [
+        ("(SPACE if prefix and message['content'] else '')", "(SPACE if prefix else '')"),
     ],
     ("models/loading.py", "tests/models/test_loading.py"): [
         ("not 0 <= end < rows", "not 0 <= end <= rows"),

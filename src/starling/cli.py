@@ -227,20 +227,19 @@ def _tokens(verb: str, arguments: list[str]) -> None:
     parse_options(show, verb, arguments)
 
 
-def _audit(file: Path, *, out: Path | None = None) -> None:
+def _audit(file: Path, *, out: Path = Path("audit.json")) -> None:
     """Say what decides the rankings of a file beside the answers: place, length, model, tricks.
 
     Args:
         file: Rankings, JSONL or Nectar's parquet; judgments.jsonl beside it is read too.
-        out: Also write the audit here, as JSON.
+        out: The same with all its tables, as JSON.
     """
     from starling.base.jsonl import write_json
     from starling.feedback.audit import as_text, audit_file
 
     found = audit_file(file)
-    if out is not None:
-        write_json(out, found)
-    print(as_text(found))
+    write_json(out, found)
+    print(f"{as_text(found)}\n\nAll tables:  {out}")
 
 
 def _pairs(
@@ -301,7 +300,7 @@ COMMANDS = {
     "reward": Command("RECIPE", "only stage 2: rankings -> reward model", _run),
     "ppo": Command("RECIPE", "only stage 3: policy against reward model", _run),
     "bench": Command("RECIPE", "only stage 4: the policy against the one it started from", _run),
-    "audit": Command("FILE [--out JSON]", "what decides rankings beside the answers", _audit),
+    "audit": Command("FILE [--out FILE]", "what decides rankings beside the answers", _audit),
     "pairs": Command("FILE [--kind KIND]", "rankings as pairs, for other programs", _pairs),
     "nectar": Command("FROM TO", "rankings in Nectar's columns, JSONL or parquet", _nectar),
     "chat": Command("MODEL", "talk to a run's policy, a folder, a .gguf file or a URL", _chat),

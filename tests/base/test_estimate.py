@@ -72,7 +72,6 @@ def test_equal_values_have_an_interval_of_that_value(value, n):
 def test_one_cluster_says_nothing_about_its_spread(values, clusters):
     estimate = bootstrap_mean(values, seed=0, clusters=clusters)
     assert estimate == Estimate(2.0, None, None, n=len(values))
-    assert str(estimate) == f"2.00 [unknown] n={len(values)}"
 
 
 def test_the_same_seed_gives_the_same_interval_and_another_a_near_one():
@@ -123,10 +122,10 @@ def test_a_share_of_many_clusters_stays_between_nought_and_one():
 @pytest.mark.parametrize("num_clusters", [2, 40, MOST_RESAMPLED + 1])
 def test_sums_by_cluster_give_what_the_values_themselves_give(num_clusters):
     values, clusters = ragged_clusters(num_clusters)
-    expected = bootstrap_mean(values.tolist(), seed=3, clusters=clusters.tolist(), num_failed=2)
+    expected = bootstrap_mean(values.tolist(), seed=3, clusters=clusters.tolist())
     sums, sizes = np.bincount(clusters, weights=values), np.bincount(clusters)
-    found = mean_of_sums(sums.tolist(), sizes.tolist(), seed=3, num_failed=2)
-    assert (found.n, found.num_failed) == (expected.n, 2)
+    found = mean_of_sums(sums.tolist(), sizes.tolist(), seed=3)
+    assert found.n == expected.n
     for end in ("mean", "low", "high"):
         assert getattr(found, end) == pytest.approx(getattr(expected, end))
 
@@ -164,5 +163,3 @@ def test_whole_numbers_are_values_too():
 def test_failures_are_carried_along_and_shown():
     estimate = bootstrap_mean([0.0, 1.0], seed=0, num_failed=3)
     assert estimate == Estimate(0.5, 0.0, 1.0, n=2, num_failed=3)
-    assert str(estimate) == "0.50 [0.00, 1.00] n=2 failed=3"
-    assert str(bootstrap_mean([0.0, 1.0], seed=0)) == "0.50 [0.00, 1.00] n=2"

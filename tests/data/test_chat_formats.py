@@ -340,7 +340,7 @@ def test_a_pad_token_that_ends_answers_is_replaced_and_said(caplog):
 def test_a_tokenizer_without_pad_token_falls_back_as_starlings_reward_model_did(caplog):
     tokenizer = tiny_tokenizer()
     tokenizer.saved.pad_token = None
-    tokenizer._markers.pop("<|pad_0|>")
+    tokenizer.markers.pop("<|pad_0|>")
     assert build_codec("openchat", tokenizer, [2]).tokenizer.pad_id == 0
     assert tokenizer.saved.pad_token == "<unk>"
     assert not caplog.records
@@ -350,12 +350,12 @@ def test_a_pad_token_is_any_other_special_token_but_bos_and_eos():
     tokenizer = chatml_tokenizer()
     tokenizer.saved.pad_token = tokenizer.saved.eos_token = "<|im_end|>"
     for name in ("<|pad_0|>", "<unk>", "</s>"):
-        tokenizer._markers.pop(name)
+        tokenizer.markers.pop(name)
     codec = build_codec("chatml", tokenizer, [])
     assert codec.tokenizer.pad_id == END
     tokenizer.saved.pad_token = "<|im_end|>"
     for name in ("<|end_of_turn|>", "<|im_start|>"):
-        tokenizer._markers.pop(name)
+        tokenizer.markers.pop(name)
     with pytest.raises(
         DataError, match=r"\(<\|im_end\|>\) is also an end marker.*no other special"
     ):

@@ -123,7 +123,7 @@ def test_a_tokenizer_without_pad_token_says_what_to_do():
     tokenizer = tiny_tokenizer()
     tokenizer.saved.pad_token = None
     assert tokenizer.pad_id == tokenizer.marker_id("<|pad_0|>")
-    tokenizer._markers = {}
+    tokenizer.markers = {}
     with pytest.raises(ModelError, match="no pad token"):
         _ = tokenizer.pad_id
 

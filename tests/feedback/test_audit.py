@@ -350,6 +350,25 @@ def test_agreement_is_that_of_the_votes_and_low_agreement_is_of_concern():
     assert not findings(audit(some_rows(), [line("a", vote([0, 1], [1, 2]))]), "agreement")
 
 
+def test_a_judge_of_logits_is_not_told_to_ask_in_a_way_that_its_recipe_refuses():
+    lines = [line(str(n), vote([0, 1], [1, 2]), vote([1, 0], [1, 2])) for n in range(100)]
+    for judge, told in (("gpt", True), ("logits", False)):
+        report = audit(some_rows(), [{"judge": judge, "own": []}, *lines])
+        position, agreement = only(report, "position"), only(report, "agreement")
+        assert position["is_concern"]
+        assert agreement["is_concern"]
+        assert ("judge.strategy" in position["advice"]) is told
+        assert ("judge.repeats" in agreement["advice"]) is told
+        assert ("cancels" in position["advice"]) is ("cancels" in agreement["advice"]) is not told
+
+
+def test_the_share_of_the_shorter_is_its_own_where_its_spread_is_unknown():
+    finding = only(audit([row("a", ["x", "yy"], [1.0, 2.0])]), "length")
+    assert finding["sentence"] == (
+        "The shorter of two answers is the better ranked one in 100.0% of the pairs."
+    )
+
+
 def test_a_canary_that_wins_more_than_by_chance_is_of_concern():
     lines = [line("r0", vote([0, 1], [1, 2]))]
     lines += [canary("fooled", [1, 2, 3])] * 6 + [canary("fooled", [2, 3, 1])] * 3

@@ -169,6 +169,16 @@ def test_a_killed_run_pays_again_only_for_what_was_in_flight(tmp_path):
     assert [row["times"] for row in ledger_rows(path, "lost")] == [1, 1, 1]
 
 
+def test_what_is_lost_twice_is_listed_and_charged_twice(tmp_path):
+    path, texts = tmp_path / "calls.sqlite", list("abc")
+    for _ in range(2):
+        killed_after(0, path, texts)
+    spending = Spending()
+    with Recorded(Shop(), path, spending=spending, model="m"):
+        assert [row["times"] for row in ledger_rows(path, "lost")] == [2, 2, 2]
+        assert spending.totals()["m"]["calls"] == 6
+
+
 def test_a_killed_and_resumed_ledger_equals_one_that_was_never_interrupted(tmp_path):
     texts = list("abcdefgh")
     killed_after(4, tmp_path / "killed.sqlite", texts)

@@ -165,7 +165,7 @@ def test_a_server_that_does_not_speak_http_is_a_failure_after_the_retries():
                     connection.recv(65536)
                     connection.sendall(b"220 mail.example.org ESMTP\r\n\r\n")
 
-        thread = threading.Thread(target=speak)
+        thread = threading.Thread(target=speak, daemon=True)
         thread.start()
         url = f"http://127.0.0.1:{listening.getsockname()[1]}/v1"
         [outcome] = Endpoint(url, "m", retries=1).respond([request()])

@@ -2,7 +2,7 @@
 
 import json
 import math
-import random
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -12,6 +12,7 @@ from torch.testing import assert_close
 
 from starling.base.context import Context
 from starling.base.errors import CheckpointError, InputError, Stopped
+from starling.base.seeding import permutation
 from starling.models.training import (
     Journal,
     Trainable,
@@ -48,19 +49,14 @@ def test_warm_up_rises_to_one_in_its_last_step_and_hands_over():
 
 @given(n=st.integers(1, 12), batch=st.integers(1, 15), epochs=st.integers(1, 4), seed=st.integers())
 def test_batches_visit_every_row_once_per_epoch_in_the_epochs_order(n, batch, epochs, seed):
-    def order(epoch):
-        rows = list(range(n))
-        random.Random(f"{seed}/{epoch}").shuffle(rows)
-        return rows
-
     steps = math.ceil(n * epochs / batch)
     visited = []
     for step in range(steps):
-        indices = batch_indices(step, batch, order, n)
+        indices = batch_indices(step, batch, n, seed, "m/order")
         assert len(indices) == batch
         visited += indices
     for epoch in range(epochs):
-        assert visited[epoch * n : (epoch + 1) * n] == order(epoch)
+        assert visited[epoch * n : (epoch + 1) * n] == permutation(n, seed, "m/order", epoch)
 
 
 def one_weight(value=1.0, *, lr=0.5, schedule=constant, max_grad_norm=1e9):
@@ -96,15 +92,23 @@ def test_a_gradient_that_is_not_finite_stops_before_a_weight_moves(bad):
     assert torch.equal(module.weight.detach(), torch.ones(1, 2))
 
 
+class Settings(NamedTuple):
+    """Those of a stage's section that its optimizer reads."""
+
+    lr: float
+    weight_decay: float
+    max_grad_norm: float
+
+
 def test_the_optimizer_holds_only_what_wants_a_gradient():
     frozen, free = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
     frozen.requires_grad_(False)
-    optimizer = adamw(
-        [*frozen.parameters(), *free.parameters()], lr=0.1, weight_decay=0.2, eps=1e-5
-    )
-    trainable = Trainable({"f": frozen, "g": free}, optimizer, 0.1, constant, 1.0)
+    section = Settings(lr=0.1, weight_decay=0.2, max_grad_norm=1.0)
+    both = torch.nn.Sequential(frozen, free)
+    trainable = adamw("both", both, section, constant, eps=1e-5)
+    assert (trainable.modules, trainable.lr, trainable.max_grad_norm) == ({"both": both}, 0.1, 1.0)
     assert [id(p) for p in trainable.parameters] == [id(p) for p in free.parameters()]
-    [group] = optimizer.param_groups
+    [group] = trainable.optimizer.param_groups
     settings = (group["weight_decay"], group["eps"], group["betas"])
     assert settings == (0.2, 1e-5, (0.9, 0.999))
 
@@ -112,8 +116,8 @@ def test_the_optimizer_holds_only_what_wants_a_gradient():
 def make_trainable(seed=0):
     torch.manual_seed(seed)
     module = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Tanh(), torch.nn.Linear(3, 1))
-    optimizer = adamw(module.parameters(), lr=0.1, weight_decay=0.01)
-    return Trainable({"m": module}, optimizer, 0.1, linear(10), 1.0)
+    section = Settings(lr=0.1, weight_decay=0.01, max_grad_norm=1.0)
+    return adamw("m", module, section, linear(10))
 
 
 def make_context():
@@ -123,7 +127,7 @@ def make_context():
 def train(out, *, until, every=2, seed=0, context=None):
     """A loop as the stages have it: its data follow the step, and it carries state of its own."""
     trainable = make_trainable(seed)
-    with Journal(out, trainable, context or make_context(), every=every) as journal:
+    with Journal(out, trainable, context or make_context(), "m", until, every) as journal:
         snapshot = journal.resume()
         total = snapshot.state["extra"].get("total", 0)
         average = snapshot.tensors.get("average", torch.zeros(3))
@@ -134,7 +138,7 @@ def train(out, *, until, every=2, seed=0, context=None):
             norm = trainable.step(step)
             total += step
             average = 0.9 * average + 0.1 * inputs.mean()
-            journal.log(step, {"m/loss": loss.item(), "m/norm": norm}, seconds_key="m/seconds")
+            journal.log(step, {"m/loss": loss.item(), "m/norm": norm}, "noted")
             journal.boundary(step + 1, {"total": total}, {"average": average})
     return trainable, total, average
 
@@ -185,11 +189,9 @@ def test_a_signal_saves_at_the_step_boundary_and_stops(tmp_path):
 def test_a_checkpoint_of_another_shape_is_refused(tmp_path):
     train(tmp_path, until=2)
     module = torch.nn.Sequential(torch.nn.Linear(4, 2), torch.nn.Tanh(), torch.nn.Linear(2, 1))
-    other = Trainable(
-        {"m": module}, adamw(module.parameters(), lr=1, weight_decay=0), 1, constant, 1
-    )
+    other = adamw("m", module, Settings(lr=1.0, weight_decay=0.0, max_grad_norm=1.0), constant)
     with (
-        Journal(tmp_path, other, make_context(), every=1) as journal,
+        Journal(tmp_path, other, make_context(), "m", 4, every=1) as journal,
         pytest.raises(CheckpointError, match="other shapes"),
     ):
         journal.resume()

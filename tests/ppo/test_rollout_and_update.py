@@ -79,9 +79,8 @@ def made_rollout(model, *, temperature=1.0, critic="shared", value_scale=None):
     if value_scale is not None:
         torch.nn.init.constant_(actor_critic.value_head.weight, value_scale)
     scores = torch.tensor([1.0, -0.5, 0.3, 2.0, -1.0, 0.0, 0.7, -0.2])
-    rollout = evaluate_rollout(
-        actor_critic, reference, samples, scores, temperature=temperature, microbatch=3
-    )
+    section = PpoSection(temperature=temperature, microbatch=3)
+    rollout = evaluate_rollout(actor_critic, reference, samples, scores, section)
     mask = rollout.response_mask
     rewards = shape_rewards(scores, rollout.old_logprobs - rollout.ref_logprobs, mask, kl_coef=0.1)
     estimated = estimate_advantages(rewards, rollout.old_values, mask, gamma=1.0, gae_lambda=0.95)
@@ -371,8 +370,7 @@ def test_a_missing_end_replaces_the_score_and_is_not_subtracted():
     scores = score_responses(
         scripted,
         samples_of(["3.0", "3.0", "-9.0", "-9.0"], [True, False, True, False]),
-        missing_end_penalty=-1.0,
-        reward_clip=None,
+        PpoSection(missing_end_penalty=-1.0, reward_clip=None),
     )
     assert scores.tolist() == [3.0, -1.0, -9.0, -1.0]
     expected = Scored((*PROMPT.messages, Message(role="assistant", content="3.0")))
@@ -383,8 +381,7 @@ def test_scores_are_clipped_and_the_penalty_is_not():
     scores = score_responses(
         Scripted.by(float),
         samples_of(["3.0", "-9.0", "0.5", "1.0"], [True, True, True, False]),
-        missing_end_penalty=-5.0,
-        reward_clip=2.0,
+        PpoSection(missing_end_penalty=-5.0, reward_clip=2.0),
     )
     assert scores.tolist() == [2.0, -2.0, 0.5, -5.0]
 

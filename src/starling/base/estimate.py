@@ -42,15 +42,6 @@ class Estimate:
     n: int
     num_failed: int = 0
 
-    def __str__(self) -> str:
-        """For people: `7.31 [6.90, 7.70] n=80`, and `failed=2` when some did."""
-        if self.low is None or self.high is None:
-            interval = "[unknown]"
-        else:
-            interval = f"[{self.low:.2f}, {self.high:.2f}]"
-        failed = f" failed={self.num_failed}" if self.num_failed else ""
-        return f"{self.mean:.2f} {interval} n={self.n}{failed}"
-
 
 def bootstrap_mean(
     values: Sequence[float | int],
@@ -83,9 +74,7 @@ def bootstrap_mean(
     return Estimate(mean, low, high, n=array.size, num_failed=num_failed)
 
 
-def mean_of_sums(
-    sums: Sequence[float], sizes: Sequence[int], *, seed: int, num_failed: int = 0
-) -> Estimate:
+def mean_of_sums(sums: Sequence[float], sizes: Sequence[int], *, seed: int) -> Estimate:
     """`bootstrap_mean` where of each cluster only the sum and the number of its values are kept.
 
     Raises ValueError for a cluster without a value, and for no cluster at all.
@@ -95,7 +84,7 @@ def mean_of_sums(
         raise ValueError(f"{len(totals)} sums need as many sizes, each of at least 1")
     mean = float(totals.sum() / counts.sum())
     low, high = _interval(mean, totals - mean * counts, counts, seed)
-    return Estimate(mean, low, high, n=int(counts.sum()), num_failed=num_failed)
+    return Estimate(mean, low, high, n=int(counts.sum()))
 
 
 def clustered_mean(

@@ -85,18 +85,31 @@ def write_records(path: Path, records: Iterable[BaseModel | Mapping[str, Any]]) 
     Of a mapping only its own None values are left out, not those further in. Raises DataError when
     the disk refuses and ValueError for NaN or infinity; the old file then stays.
     """
-    write_atomically(path, (_dump_line(record) for record in records))
+    write_atomically(path, (dump_line(record) for record in records))
 
 
 def read_json(path: Path) -> Any:
     """Read one JSON file, as strictly as a row. Raises DataError that says what is wrong."""
-    content = _read_bytes(path)
+    with readable(path):
+        content = path.read_bytes()
     try:
         return parse_json(content)
     except ValueError as error:
         raise DataError(
             f"{path} is damaged: {_reason(error)}. Restore it, or delete it to have it made again."
         ) from error
+
+
+def iter_json(path: Path) -> Iterator[Any]:
+    """Every line of a file that a stage wrote. Raises DataError that names a line that is bad."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                yield parse_json(line)
+            except ValueError as error:
+                raise DataError(
+                    f"{path}, line {number}: {error}. Run the stage again to have it made anew."
+                ) from error
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -162,7 +175,8 @@ def _reason(error: ValueError) -> str:
             return str(error)
 
 
-def _dump_line(record: BaseModel | Mapping[str, Any]) -> bytes:
+def dump_line(record: BaseModel | Mapping[str, Any]) -> bytes:
+    """One line of what `write_records` writes."""
     if isinstance(record, BaseModel):
         value = record.model_dump(mode="json", by_alias=True, exclude_none=True)
     else:
@@ -186,11 +200,6 @@ def _update_quarantine(quarantine: Path, name: str, bad: list[dict[str, Any]]) -
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
     with readable(path), path.open("rb") as file:
         yield from ((n, line) for n, line in enumerate(file, start=1) if line.strip())
-
-
-def _read_bytes(path: Path) -> bytes:
-    with readable(path):
-        return path.read_bytes()
 
 
 @contextlib.contextmanager

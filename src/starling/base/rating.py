@@ -98,16 +98,6 @@ def kendall_w(rankings: Sequence[Sequence[float]]) -> float | None:
     return float(12 * (deviations**2).sum() / most) if most else None
 
 
-def kendall_tau(first: Sequence[float], second: Sequence[float]) -> float | None:
-    """Kendall's tau-b of two rankings of the same items, -1 to 1; None where one ties everything.
-
-    Source: Kendall 1945, Biometrika 33:239.
-    """
-    one, other = (np.sign(np.subtract.outer(each, each)) for each in (first, second))
-    spread = np.sqrt(np.abs(one).sum() * np.abs(other).sum())
-    return float((one * other).sum() / spread) if spread else None
-
-
 def _mean_rank(value: float, values: Sequence[float]) -> float:
     """The value's rank, where equal values share the mean of their places."""
     below = sum(other < value for other in values)

@@ -12,20 +12,10 @@ from starling.base.estimate import clustered_mean
 from starling.base.jsonl import read_records, write_json, write_records
 from starling.base.progress import Progress
 from starling.base.stage import Summary
+from starling.bench import scores
 from starling.bench.answers import Answer, Contestant, yardstick
 from starling.bench.config import BenchInputs, BenchSection
-from starling.bench.scores import (
-    BASELINE,
-    POLICY,
-    Figures,
-    category_figures,
-    gold_figures,
-    ratings,
-    score_figures,
-    select,
-    token_figures,
-    win_rate,
-)
+from starling.bench.scores import BASELINE, POLICY, Figures
 from starling.data.records import Question
 from starling.judging.build import build_judge
 from starling.models.local import load_local
@@ -54,22 +44,24 @@ def run(section: BenchSection, inputs: BenchInputs, out: Path, context: Context)
             inputs.judge, seed=context.seed, ledger=out / "calls.sqlite", context=context
         ) as judge:
             allowed = section.allowed_failures
-            read = ratings(answers, judge, allowed_failures=allowed)
-            wins, win_rows = win_rate(answers, judge, seed=context.seed, allowed_failures=allowed)
+            read = scores.ratings(answers, judge, allowed_failures=allowed)
+            wins, win_rows = scores.win_rate(
+                answers, judge, seed=context.seed, allowed_failures=allowed
+            )
         progress.update(len(contestants) + 1, "judged")
-    figures: Figures = gold_figures(answers, context.seed)
-    figures |= score_figures(read, answers, context.seed)
+    figures: Figures = scores.gold_figures(answers, context.seed)
+    figures |= scores.score_figures(read, answers, context.seed)
     figures["win_rate"] = wins
-    figures["tokens_per_answer"] = token_figures(answers, context.seed)
+    figures["tokens_per_answer"] = scores.token_figures(answers, context.seed)
     best: list[Answer] = []
-    own = select(answers, BASELINE)
+    own = scores.select(answers, BASELINE)
     if inputs.reward_model is not None and all(answer.checks is not None for answer in own):
         reward_model = RewardModel.load(inputs.reward_model, device=context.device)
         best = yardstick(own, contestants[0], reward_model, samples=section.best_of)
         golds = [(a.question, a.gold.total) for a in best if a.gold is not None]
         gold = clustered_mean(golds, seed=context.seed)
         figures["gold_best_of"] = gold | {"samples": section.best_of}
-    figures["by_category"] = category_figures(answers, read, win_rows, context.seed)
+    figures["by_category"] = scores.category_figures(answers, read, win_rows, context.seed)
     write_records(out / "answers.jsonl", [answer.as_dict() for answer in [*answers, *best]])
     write_records(
         out / "judgments.jsonl",

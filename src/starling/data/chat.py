@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from starling.base.errors import DataError
 from starling.data.records import Message
-from starling.data.template import CHATML, LLAMA_2, Template
+from starling.data.template import Template, read_template
 from starling.data.tokenizer import TextTokenizer
 
 
@@ -73,8 +73,8 @@ FORMATS: dict[str, ChatFormat] = {
         _OPENCHAT,
         replace(_OPENCHAT, name="openchat-role", turns=_ROLE),
         replace(_OPENCHAT, name="openchat-refuse", turns=_REFUSE),
-        ChatFormat("llama-2", jinja=LLAMA_2),
-        ChatFormat("chatml", end="<|im_end|>", jinja=CHATML),
+        ChatFormat("llama-2", jinja=read_template("llama-2")),
+        ChatFormat("chatml", end="<|im_end|>", jinja=read_template("chatml")),
         ChatFormat("plain", {"user": Turn(), "assistant": Turn()}),
         ChatFormat("template"),
     )
@@ -262,27 +262,6 @@ def written_text(name: str, message: Message) -> str:
     return prefix + (chat_format.space if prefix else "") + message.content
 
 
-JINJA = """\
-{{- BOS -}}
-{%- set modes = MODES -%}
-{%- set mode = mode if mode is defined and mode else condition if condition is defined -%}
-{%- set mode = mode if mode else modes[0] -%}
-{%- if mode not in modes -%}{{- raise_exception('unknown mode ' + mode) -}}{%- endif -%}
-{%- set before = BEFORE -%}
-{%- set after = AFTER -%}
-{%- for message in messages -%}
-{%- if message['role'] not in before -%}
-{{- raise_exception('unknown role ' + message['role']) -}}
-{%- endif -%}
-{%- set prefix = before[message['role']].replace('{mode}', mode) -%}
-{{- prefix + (SPACE if prefix and message['content'] else '') -}}
-{{- message['content'] + after[message['role']] -}}
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-{{- before['assistant'].replace('{mode}', mode) -}}
-{%- endif -%}"""
-
-
 def jinja_template(chat_format: ChatFormat) -> str | None:
     """The format as jinja with the keyword `mode` (or `condition`); None for plain."""
     before = {role: "".join(turn.before) for role, turn in chat_format.turns.items()}
@@ -296,4 +275,4 @@ def jinja_template(chat_format: ChatFormat) -> str | None:
         "BEFORE": repr(before),
         "AFTER": repr(after),
     }
-    return re.sub("|".join(values), lambda match: values[match[0]], JINJA)
+    return re.sub("|".join(values), lambda match: values[match[0]], read_template("turns"))

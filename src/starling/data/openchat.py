@@ -5,11 +5,11 @@ all and must merge last, so its tokenizer is wrong on every indented line.  Here
 by score, as SentencePiece does.
 """
 
-import hashlib
 import importlib.util
 import json
 import struct
 from collections.abc import Iterable, Iterator
+from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pro
 from transformers import PreTrainedTokenizerFast
 
 from starling.base.errors import ModelError
+from starling.base.hashing import hash_file
 from starling.data.tokenizer import TextTokenizer
 
 END, END_ID, PAD = "<|end_of_turn|>", 32000, "<|pad_0|>"
@@ -94,7 +95,7 @@ def _merges(pieces: list[Piece]) -> list[tuple[str, str]]:
 def openchat_tokenizer(source: Path | None = None) -> TextTokenizer:
     """OpenChat's tokenizer from a `tokenizer.model`; None: the file inside mistral-common."""
     path = source or _mistral_file()
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    digest = hash_file(path)
     if digest != MISTRAL_SHA256:
         raise ModelError(
             f"{path}: this is not Mistral's first vocabulary, which OpenChat's stands on (sha256 "
@@ -234,21 +235,9 @@ def _varint(data: bytes, place: int) -> tuple[int, int]:
 
 
 # The model card's three id lists, and the indented line that id-ordered merges get wrong.
-_TURN = (420, 6316, 28781, 3198, 3123)
-_USER, _ASSISTANT = (*_TURN, 1247, 28747), (*_TURN, 21631, 28747)
-CARD: dict[str, tuple[int, ...]] = {
-    "GPT4 Correct User: Hello<|end_of_turn|>GPT4 Correct Assistant:": (
-        *(1, *_USER, 22557, END_ID, *_ASSISTANT),
-    ),
-    "GPT4 Correct User: Hello<|end_of_turn|>GPT4 Correct Assistant: Hi<|end_of_turn|>"
-    "GPT4 Correct User: How are you today?<|end_of_turn|>GPT4 Correct Assistant:": (
-        *(1, *_USER, 22557, END_ID, *_ASSISTANT, 15359, END_ID),
-        *(*_USER, 1602, 460, 368, 3154, 28804, END_ID, *_ASSISTANT),
-    ),
-    "Code User: Implement quicksort using C++<|end_of_turn|>Code Assistant:": (
-        *(1, 7596, 1247, 28747, 26256, 2936, 7653, 1413, 334, 1680, END_ID, 7596, 21631, 28747),
-    ),
-}
+CARD: dict[str, list[int]] = json.loads(
+    (resources.files("starling.data") / "openchat_card.json").read_text("utf-8")
+)
 INDENTED = "def f(x):\n    if x:\n"
 INDENTED_TOKENS = "\u2581def \u2581f ( x ): <0x0A> \u2581\u2581\u2581 \u2581if \u2581x : <0x0A>"
 
@@ -256,7 +245,7 @@ INDENTED_TOKENS = "\u2581def \u2581f ( x ): <0x0A> \u2581\u2581\u2581 \u2581if \
 def check_openchat(tokenizer: TextTokenizer, reference: str = "openchat") -> None:
     """Raise ModelError unless the tokenizer gives OpenChat's ids: the model is lost otherwise."""
     checks: list[tuple[str, list[Any], Any]] = [
-        (text, list(expected), tokenizer.saved(text).input_ids) for text, expected in CARD.items()
+        (text, expected, tokenizer.saved(text).input_ids) for text, expected in CARD.items()
     ]
     tokens = tokenizer.saved.convert_ids_to_tokens(
         tokenizer.saved(INDENTED, add_special_tokens=False).input_ids

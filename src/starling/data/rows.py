@@ -83,11 +83,9 @@ def _parquet_rows(path: Path, wanted: set[str]) -> Iterator[tuple[int, bytes]]:
     try:
         with readable(path), parquet.ParquetFile(path) as file:
             columns = [name for name in file.schema_arrow.names if name in wanted]
-            number = 0
-            for batch in file.iter_batches(batch_size=1000, columns=columns):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield number, _as_json(row)
+            batches = file.iter_batches(batch_size=1000, columns=columns)
+            rows = (_as_json(row) for batch in batches for row in batch.to_pylist())
+            yield from enumerate(rows, start=1)
     except pyarrow.ArrowException as error:
         raise DataError(
             f"{path} is damaged or no parquet file: {str(error).splitlines()[0]}"

@@ -13,39 +13,12 @@ import os
 import re
 import secrets
 from collections.abc import Callable, Sequence
+from importlib import resources
 from typing import Any
 
 from starling.base.errors import DataError
 from starling.data.records import Message
 from starling.data.tokenizer import TextTokenizer
-
-# Published with Llama-2-7b-chat-hf, whose tokenizer names <s> and </s>.
-LLAMA_2 = """\
-{%- if messages[0]['role'] == 'system' -%}
-{%- set system = '<<SYS>>\\n' + messages[0]['content'] + '\\n<</SYS>>\\n\\n' -%}
-{%- set turns = messages[1:] -%}
-{%- else -%}
-{%- set system = '' -%}
-{%- set turns = messages -%}
-{%- endif -%}
-{%- for message in turns -%}
-{%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) -%}
-{{- raise_exception('roles must alternate user/assistant/user/assistant/...') -}}
-{%- endif -%}
-{%- if message['role'] == 'user' -%}
-{{- bos_token + '[INST] ' + ((system if loop.first else '') + message['content']).strip() -}}
-{{- ' [/INST]' -}}
-{%- else -%}
-{{- ' ' + message['content'].strip() + ' ' + eos_token -}}
-{%- endif -%}
-{%- endfor -%}"""
-
-# Published with Yi-34B-Chat; Qwen's and others' differ in their default system message.
-CHATML = """\
-{%- for message in messages -%}
-{{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' -}}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"""
 
 # What templates do to a text, the plainest first.
 STRIPS: tuple[Callable[[str], str], ...] = (
@@ -57,6 +30,16 @@ STRIPS: tuple[Callable[[str], str], ...] = (
     lambda text: text.rstrip("\n"),
     lambda text: text.lstrip("\n"),
 )
+
+
+def read_template(name: str) -> str:
+    """The text of `templates/<name>.jinja`.
+
+    llama-2 was published with Llama-2-7b-chat-hf, whose tokenizer names <s> and </s>; chatml with
+    Yi-34B-Chat (Qwen's and others' differ in their default system message); turns is our own.
+    """
+    file = resources.files("starling.data") / "templates" / f"{name}.jinja"
+    return file.read_text(encoding="utf-8").removesuffix("\n")
 
 
 class Template:

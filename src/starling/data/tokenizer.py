@@ -60,14 +60,15 @@ class TextTokenizer:
         added = saved.added_tokens_decoder
         self._special = set(saved.all_special_ids) | {i for i in added if added[i].special}
         self._written = set(written) - self._special
-        self._markers: dict[str, int] = {
+        # Every marker's id by its exact text.
+        self.markers: dict[str, int] = {
             str(added.get(token_id) or saved.convert_ids_to_tokens(token_id)): token_id
             for token_id in sorted(self._special | self._written)
         }
         # Private-use characters at both ends: no token of the vocabulary reaches into a name.
         nonce = secrets.token_hex(16)
-        self._names = {token: f"\ue000{nonce}{token}\ue001" for token in self._markers.values()}
-        names = {marker: self._names[token] for marker, token in self._markers.items()}
+        self._names = {token: f"\ue000{nonce}{token}\ue001" for token in self.markers.values()}
+        names = {marker: self._names[token] for marker, token in self.markers.items()}
         self._text = _renamed(saved.backend_tokenizer, names)
         probe = self._text.encode("a", add_special_tokens=False)
         self.prepends_space = probe.tokens[0].startswith("\u2581")
@@ -100,11 +101,6 @@ class TextTokenizer:
             raise ModelError("the tokenizer has no pad token; add one that is not an end marker")
         return token_id
 
-    @property
-    def markers(self) -> dict[str, int]:
-        """Every marker's id by its exact text."""
-        return self._markers
-
     def __len__(self) -> int:
         return len(self.saved)
 
@@ -128,7 +124,7 @@ class TextTokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ids, special tokens left out; a template's other markers are text here."""
         text = self._text.decode([token for token in ids if token not in self._special])
-        for marker, token_id in self._markers.items():
+        for marker, token_id in self.markers.items():
             if token_id in self._written:
                 text = text.replace(self._names[token_id], marker)
         return text
@@ -140,7 +136,7 @@ class TextTokenizer:
 
     def marker_id(self, marker: str) -> int | None:
         """The id of a marker by its exact text; None if the tokenizer has none such."""
-        return self._markers.get(marker)
+        return self.markers.get(marker)
 
     def choose_pad(self, end_id: int) -> None:
         """Pad with a token that ends nothing, or the ends would be masked out of training.
@@ -153,9 +149,9 @@ class TextTokenizer:
             return
         eos: Any = self.saved.eos_token_id
         taken = {end_id, eos, self.bos_id} | self._written
-        others = sorted(self._markers, key=self._markers.__getitem__)
+        others = sorted(self.markers, key=self.markers.__getitem__)
         for pad in (*PADS, *others):
-            if self._markers.get(pad) is None or self._markers[pad] in taken:
+            if self.markers.get(pad) is None or self.markers[pad] in taken:
                 continue
             self.saved.pad_token = pad
             if named is not None:

@@ -110,14 +110,6 @@ def _humanities(random: Random) -> dict[str, Any]:
     return drawn | {"early": early, "late": late}
 
 
-DRAWS = {
-    "writing": _writing,
-    "roleplay": _roleplay,
-    "reasoning": _reasoning,
-    "math": _math,
-    "coding": _coding,
-    "extraction": _extraction,
-    "stem": _stem,
-    "humanities": _humanities,
-}
+_KINDS = (_writing, _roleplay, _reasoning, _math, _coding, _extraction, _stem, _humanities)
+DRAWS = {draw.__name__.removeprefix("_"): draw for draw in _KINDS}
 """What is drawn for one turn of each category: the values that its texts name."""

@@ -90,36 +90,29 @@ def normalised(text: str) -> str:
 
 def question(_category: str, turns: tuple[Turn, Turn], _number: int, _random: Random) -> Row:
     """Both turns with their checks."""
-    return {
-        "turns": [turn.user for turn in turns],
-        "checks": [checks_of(turn) for turn in turns],
-    }
+    return {"turns": [turn.user for turn in turns], "checks": [checks_of(turn) for turn in turns]}
 
 
 def prompt(category: str, turns: tuple[Turn, Turn], number: int, random: Random) -> Row:
     """The first turn; in every other round of the categories the second, on an sft-like answer."""
-    first, second = turns
-    messages = [message("user", first.user)]
-    asked = first
-    if number // len(TASKS) % 2:
-        messages += [
-            message("assistant", say(first, category, random)),
-            message("user", second.user),
-        ]
-        asked = second
+    place = number // len(TASKS) % 2
+    asked, before = turns[place], exchanges(turns[:place], category, random)
+    messages = [*before, message("user", asked.user)]
     return {"source": ["demo"], "messages": messages, "checks": checks_of(asked)}
 
 
 def conversation(category: str, turns: tuple[Turn, Turn], _number: int, random: Random) -> Row:
     """Both turns, some only the first, answered in mixed quality."""
     said = turns[:1] if random.random() < ONE_TURN_SHARE else turns
+    return {"messages": exchanges(said, category, random)}
+
+
+def exchanges(turns: tuple[Turn, ...], category: str, random: Random) -> list[dict[str, str]]:
+    """The turns as they are asked and answered."""
     messages = []
-    for turn in said:
-        messages += [
-            message("user", turn.user),
-            message("assistant", say(turn, category, random)),
-        ]
-    return {"messages": messages}
+    for turn in turns:
+        messages += [message("user", turn.user), message("assistant", say(turn, category, random))]
+    return messages
 
 
 def message(role: str, content: str) -> dict[str, str]:

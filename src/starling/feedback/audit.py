@@ -16,8 +16,7 @@ from pathlib import Path
 from textwrap import wrap
 from typing import Any
 
-from starling.base.errors import DataError
-from starling.base.jsonl import parse_json
+from starling.base.jsonl import iter_json
 from starling.data.records import RankingRow
 from starling.data.rows import iter_rows
 from starling.feedback.findings import find
@@ -41,7 +40,7 @@ def audit_file(path: Path) -> dict[str, Any]:
     folder = Path(tempfile.mkdtemp(prefix="starling-audit-"))
     try:
         rows = iter_rows(path, RankingRow, quarantine=folder / "quarantine.jsonl")
-        return audit(rows, _lines(beside) if beside.is_file() else ())
+        return audit(rows, iter_json(beside) if beside.is_file() else ())
     finally:
         with contextlib.suppress(OSError):
             folder.rmdir()
@@ -57,8 +56,6 @@ def audit(
     for line in judgments:
         tallies.add_judgment(line)
     tables = tallies.tree()
-    if "models" not in tables:
-        raise ValueError("an audit needs at least one ranking")
     for table in tables.get("positions", {}).values():
         shares = [place["winner_share"] for place in table["places"].values()]
         table["chi_square"] = chi_square([share["mean"] * share["n"] for share in shares])
@@ -132,14 +129,3 @@ def _cell(estimate: Mapping[str, Any] | None) -> str:
         return "none"
     low, high = ("?" if e is None else f"{e:.2f}" for e in (estimate["low"], estimate["high"]))
     return f"{estimate['mean']:.2f} [{low}, {high}]"
-
-
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                yield parse_json(line)
-            except ValueError as error:
-                raise DataError(
-                    f"{path}, line {number}: {error}. Run the stage again to have it made anew."
-                ) from error

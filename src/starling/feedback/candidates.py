@@ -5,20 +5,22 @@ less.  Answers of one prompt that say the same are merged: a judge cannot order 
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from functools import partial
-from itertools import chain
+from itertools import islice, product
 from pathlib import Path
+from typing import NamedTuple, TypeVar
 
 from starling.base.context import Context
 from starling.base.seeding import derive_seed
-from starling.data.records import Prompt, RankedAnswer
+from starling.data.records import Answer, Prompt, RankedAnswer
 from starling.feedback.config import MOST_ANSWERS, Candidate
 from starling.judging.recorded import Recorded
 from starling.models.interfaces import Failure, Reply, Request, Responder, Sampling
+
+A = TypeVar("A", bound=Answer)
 
 REFUSAL = re.compile(
     r"\W*(?:[^.!?\n]{0,60}\b(?:sorry|apologi[sz]e|unfortunately|as an ai)\b[^\n]{0,80}?)?"
@@ -31,8 +33,7 @@ REFUSAL = re.compile(
 """How an English refusal begins; others are not recognised."""
 
 
-@dataclass(frozen=True)
-class AnswerSet:
+class AnswerSet(NamedTuple):
     """What there is of one prompt; `failures` says why calls had no reply."""
 
     prompt: Prompt
@@ -45,8 +46,7 @@ class AnswerSet:
     """Answers beyond those that a judge can letter."""
 
 
-@dataclass(frozen=True)
-class Source:
+class Source(NamedTuple):
     """A candidate and what answers for it.
 
     An endpoint has a thread, in which alone its ledger is used, so that several are asked at the
@@ -66,12 +66,13 @@ def open_sources(
     with ExitStack() as stack:
         sources = []
         for each in candidates:
+            charged = each.model if each.url is not None else None
             open_ledger = partial(
                 Recorded,
                 _responder(each, context),
                 ledger,
                 spending=context.spending,
-                model=each.model if each.url is not None else None,
+                model=charged,
             )
             if each.url is None:
                 sources.append(Source(each, stack.enter_context(open_ledger())))
@@ -87,16 +88,15 @@ def collect_answers(
     sources: Sequence[Source], prompts: Sequence[Prompt], seed: int
 ) -> list[AnswerSet]:
     """Ask every candidate about every prompt; one set per prompt, answers in the sources' order."""
-    asked = [
-        [_requests(source.candidate, prompt, seed) for prompt in prompts] for source in sources
-    ]
-    arrived = _ask(sources, [list(chain.from_iterable(each)) for each in asked])
-    outcomes: dict[str, list[tuple[str, Reply | Failure]]] = {prompt.id: [] for prompt in prompts}
-    for source, of_prompts, found in zip(sources, asked, arrived, strict=True):
-        for prompt, requests in zip(prompts, of_prompts, strict=True):
-            # Replies come in any order; the requests' order makes the same rows of every run.
-            outcomes[prompt.id] += ((source.candidate.name, found[each.id]) for each in requests)
-    return [_answer_set(prompt, outcomes[prompt.id]) for prompt in prompts]
+    arrived = _ask(sources, [[*_requests(each.candidate, prompts, seed)] for each in sources])
+    sets = []
+    for prompt in prompts:
+        outcomes: list[tuple[str, Reply | Failure]] = []
+        for source, found in zip(sources, arrived, strict=True):
+            each = source.candidate
+            outcomes += ((each.name, outcome) for outcome in islice(found, each.answers))
+        sets.append(_answer_set(prompt, outcomes))
+    return sets
 
 
 def is_refusal(text: str) -> bool:
@@ -104,19 +104,30 @@ def is_refusal(text: str) -> bool:
     return REFUSAL.match(text[:200]) is not None
 
 
-def _ask(
-    sources: Sequence[Source], requests: Sequence[list[Request]]
-) -> list[dict[str, Reply | Failure]]:
-    """Each source's outcomes by request id; endpoints answer while the local models work."""
+def distinct_answers(answers: Iterable[A]) -> tuple[A, ...]:
+    """The first of those that say the same, without empty ones."""
+    distinct: dict[str, A] = {}
+    for answer in answers:
+        # Space around an answer is no difference that a judge could see.
+        distinct.setdefault(answer.answer.strip(), answer)
+    distinct.pop("", None)
+    return tuple(distinct.values())
 
-    def ask(number: int) -> dict[str, Reply | Failure]:
-        responder = sources[number].responder
-        return {each.request_id: each for each in responder.respond(requests[number])}
+
+def _ask(
+    sources: Sequence[Source], asked: Sequence[list[Request]]
+) -> list[Iterator[Reply | Failure]]:
+    """The outcomes of each source's requests; endpoints answer while the local models work."""
+
+    def ask(number: int) -> list[Reply | Failure]:
+        # Replies come in any order; the requests' order makes the same rows of every run.
+        found = {each.request_id: each for each in sources[number].responder.respond(asked[number])}
+        return [found[request.id] for request in asked[number]]
 
     running = {s.thread.submit(ask, n): n for n, s in enumerate(sources) if s.thread is not None}
     arrived = {number: ask(number) for number, s in enumerate(sources) if s.thread is None}
     arrived |= {running[future]: future.result() for future in as_completed(running)}
-    return [arrived[number] for number in range(len(sources))]
+    return [iter(arrived[number]) for number in range(len(sources))]
 
 
 def _responder(candidate: Candidate, context: Context) -> Responder:
@@ -129,26 +140,14 @@ def _responder(candidate: Candidate, context: Context) -> Responder:
     return connect(candidate, candidate.model)
 
 
-def _requests(candidate: Candidate, prompt: Prompt, seed: int) -> list[Request]:
-    seeds = (
-        derive_seed(seed, f"feedback/{candidate.name}/{prompt.id}", index)
-        for index in range(candidate.answers)
-    )
-    return [
-        Request(
-            f"{prompt.id}/{candidate.name}/{index}",
-            prompt.messages,
-            Sampling(
-                candidate.max_tokens,
-                candidate.temperature,
-                own_seed,
-                top_p=candidate.top_p,
-                top_k=candidate.top_k,
-            ),
-            prompt.mode,
+def _requests(candidate: Candidate, prompts: Sequence[Prompt], seed: int) -> Iterator[Request]:
+    for prompt, index in product(prompts, range(candidate.answers)):
+        own_seed = derive_seed(seed, f"feedback/{candidate.name}/{prompt.id}", index)
+        sampling = Sampling(
+            candidate.max_tokens, candidate.temperature, own_seed, candidate.top_p, candidate.top_k
         )
-        for index, own_seed in enumerate(seeds)
-    ]
+        id = f"{prompt.id}/{candidate.name}/{index}"
+        yield Request(id, prompt.messages, sampling, prompt.mode)
 
 
 def _answer_set(prompt: Prompt, outcomes: list[tuple[str, Reply | Failure]]) -> AnswerSet:
@@ -159,15 +158,11 @@ def _answer_set(prompt: Prompt, outcomes: list[tuple[str, Reply | Failure]]) -> 
         for model, reply in outcomes
         if isinstance(reply, Reply)
     ]
-    distinct: dict[str, RankedAnswer] = {}
-    for answer in given:
-        # Space around an answer is no difference that a judge could see.
-        distinct.setdefault(answer.answer.strip(), answer)
     num_empty = sum(not answer.answer.strip() for answer in given)
-    distinct.pop("", None)
+    distinct = distinct_answers(given)
     return AnswerSet(
         prompt,
-        answers=tuple(distinct.values())[:MOST_ANSWERS],
+        answers=distinct[:MOST_ANSWERS],
         failures=tuple(failures),
         num_empty=num_empty,
         num_merged=len(given) - num_empty - len(distinct),

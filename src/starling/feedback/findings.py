@@ -20,27 +20,30 @@ AGREEING = 0.5
 """About Kendall's tau of GPT-4 with itself on Nectar's answers."""
 FREQUENT = 0.1
 """Share of the rankings that a model has to be in before it is called best or worst."""
+ROTATED = (
+    "A vote is a single rotation here, and each ranking the mean of all of them, in which what a "
+    "place or a letter earns by itself cancels."
+)
+"""What to know of the votes of a judge of kind logits, whose strategy cannot be chosen."""
 
 
 def find(tables: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Every finding that the tables allow, in the order in which they are best read."""
     if "judge" in tables:
-        found = [*_positions(tables), *_canaries(tables), *_judge(tables)]
+        is_rotated = tables.get("about", {}).get("judge") == "logits"
+        found = [*_positions(tables, is_rotated), *_canaries(tables), *_judge(tables, is_rotated)]
     else:
-        sentence = (
-            "There is no judgments.jsonl beside these rankings, so the judge's preference for a "
-            "place, its agreement with itself and what could not be read are not known."
-        )
-        found = [("unknown", False, sentence, "")]
+        sentence = "There is no judgments.jsonl beside these rankings, so the judge's preference "
+        sentence += "for a place, its agreement with itself and what could not be read are not "
+        found = [("unknown", False, sentence + "known.", "")]
     found += [*_length(tables), *_models(tables), *_answers(tables)]
+    names = ("name", "is_concern", "sentence", "advice")
     return [
-        dict(zip(("name", "is_concern", "sentence"), each, strict=False))
-        | {"advice": each[3] if each[1] else ""}
-        for each in found
+        dict(zip(names, (*said, advice if said[1] else ""), strict=True)) for *said, advice in found
     ]
 
 
-def _positions(tables: Mapping[str, Any]) -> Iterator[Finding]:
+def _positions(tables: Mapping[str, Any], is_rotated: bool) -> Iterator[Finding]:
     for k, table in tables.get("positions", {}).items():
         verdicts, is_biased = table["verdicts"], table["is_biased"]
         shares = {n: place["winner_share"] for n, place in table["places"].items()}
@@ -56,6 +59,8 @@ def _positions(tables: Mapping[str, Any]) -> Iterator[Finding]:
             sentence += "prefers a place."
         advice = "Answers are shuffled, so this is noise in the ranks; judge.strategy "
         advice += "kwise-repeated or pairwise takes most of it out."
+        if is_rotated:
+            advice = ROTATED
         yield "position", bool(is_biased), sentence, advice
 
 
@@ -72,7 +77,7 @@ def _canaries(tables: Mapping[str, Any]) -> Iterator[Finding]:
             yield "canary", found["chance"] < SURE, sentence, advice + "what PPO writes for it."
 
 
-def _judge(tables: Mapping[str, Any]) -> Iterator[Finding]:
+def _judge(tables: Mapping[str, Any], is_rotated: bool) -> Iterator[Finding]:
     judge = tables["judge"]
     unparsed, tau = judge["unparsed"], judge.get("kendall_tau")
     sentence = f"No ranking could be read for {_percent(unparsed)} of {unparsed['n']} prompts."
@@ -84,6 +89,8 @@ def _judge(tables: Mapping[str, Any]) -> Iterator[Finding]:
         sentence = f"Asked again in another order, the judge agrees with itself to {_number(tau)} "
         sentence += "(Kendall's tau: 1 is always, 0 is chance)."
         advice = "Its ranks are mostly noise: raise judge.repeats, or use a stronger judge."
+        if is_rotated:
+            advice = f"{ROTATED} Where the ranks look wrong all the same, use a stronger judge."
         is_concern = tau["high"] is not None and tau["high"] < AGREEING
         yield "agreement", is_concern, sentence, advice
 
@@ -92,9 +99,9 @@ def _length(tables: Mapping[str, Any]) -> Iterator[Finding]:
     wins = tables["all"].get("longer_wins")
     if wins is not None:
         sign = "longer" if wins["mean"] >= 0.5 else "shorter"
-        if sign == "shorter" and wins["low"] is not None:
-            low, high = 1 - wins["high"], 1 - wins["low"]
-            wins = {**wins, "mean": 1 - wins["mean"], "low": low, "high": high}
+        if sign == "shorter":
+            turned = (("mean", "mean"), ("low", "high"), ("high", "low"))
+            wins = {to: None if wins[of] is None else 1 - wins[of] for to, of in turned}
         sentence = f"The {sign} of two answers is the better ranked one in {_percent(wins)} of the "
         advice = f"A reward model that only learned '{sign} is better' is as right as that: "
         advice += "compare its accuracy with this figure, and watch the length of answers in PPO."
@@ -131,14 +138,14 @@ def _models(tables: Mapping[str, Any]) -> Iterator[Finding]:
 def _answers(tables: Mapping[str, Any]) -> Iterator[Finding]:
     answers, everything = tables["answers"], tables["all"]
     repeated, good = everything["repeated_prompts"], everything.get("good_natured")
-    for name, said, advice in (
-        (
-            "refused",
+    of_answers = {
+        "refused": (
             "open with a refusal",
             "Read some in audit.json: when to refuse is learnt too.",
         ),
-        ("truncated", "were cut by their limit", "Raise the candidates' max_tokens."),
-    ):
+        "truncated": ("were cut by their limit", "Raise the candidates' max_tokens."),
+    }
+    for name, (said, advice) in of_answers.items():
         share = answers[name] / answers["given"]
         sentence = f"{answers[name]} of {answers['given']} answers ({share:.1%}) {said}."
         yield name, share > SPOILED, sentence, advice
@@ -154,14 +161,12 @@ def _answers(tables: Mapping[str, Any]) -> Iterator[Finding]:
     yield "duplicates", repeated > 0, sentence, advice
 
 
+def _number(estimate: Mapping[str, Any], form: str = ".2f") -> str:
+    """`1.27 [1.22 to 1.33]`; values that are all alike say nothing about their spread."""
+    low, high = estimate["low"], estimate["high"]
+    spread = "" if low is None or low == high else f" [{low:{form}} to {high:{form}}]"
+    return f"{estimate['mean']:{form}}{spread}"
+
+
 def _percent(share: Mapping[str, Any]) -> str:
-    """`27.1% [22.0% to 33.4%]`; values that are all alike say nothing about their spread."""
-    if share["low"] is None or share["low"] == share["high"]:
-        return f"{share['mean']:.1%}"
-    return f"{share['mean']:.1%} [{share['low']:.1%} to {share['high']:.1%}]"
-
-
-def _number(estimate: Mapping[str, Any]) -> str:
-    if estimate["low"] is None or estimate["low"] == estimate["high"]:
-        return f"{estimate['mean']:.2f}"
-    return f"{estimate['mean']:.2f} [{estimate['low']:.2f} to {estimate['high']:.2f}]"
+    return _number(share, ".1%")

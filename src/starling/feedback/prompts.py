@@ -7,6 +7,7 @@ import hashlib
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ from starling.base.errors import DataError, some
 from starling.base.hashing import hash_json
 from starling.base.seeding import numpy_generator, permutation
 from starling.data.nectar import dedup_key, normalised_words
-from starling.data.records import Answer, Message, Messages, Prompt, Record
+from starling.data.records import Message, Messages, Prompt, Record
 from starling.data.rows import iter_rows
+from starling.feedback.candidates import distinct_answers
 from starling.feedback.config import FeedbackInputs, FeedbackSection
 
 NUM_HASHES = 128
@@ -39,10 +41,8 @@ def prepare_prompts(
     Raises DataError when none is left.
     """
     rules = section.prepare
-    rows = (
-        row for path in inputs.prompts for row in iter_rows(path, Prompt, quarantine=quarantine)
-    )
-    prompts, num_rows, num_answers = merge_duplicates(rows)
+    files = (iter_rows(path, Prompt, quarantine=quarantine) for path in inputs.prompts)
+    prompts, num_rows, num_answers = merge_duplicates(chain.from_iterable(files))
     merged = sum(len(prompt.answers) for prompt in prompts)
     removed = {"duplicates": num_rows - len(prompts)}
 
@@ -65,7 +65,6 @@ def prepare_prompts(
         keep([prompts[index] for index in sorted(drawn)], "limit")
     if not prompts:
         raise DataError(f"no prompt is left of {num_rows}. Removed by each rule: {removed}")
-    named = zip(inputs.benchmarks, overlaps, strict=True)
     return prompts, {
         "read": num_rows,
         "removed": removed,
@@ -73,7 +72,7 @@ def prepare_prompts(
         "answers": {"read": num_answers, "empty_or_repeated": num_answers - merged},
         "benchmarks": [
             {"file": path.name, "removed": len(each), "examples": each[:EXAMPLES]}
-            for path, each in named
+            for path, each in zip(inputs.benchmarks, overlaps, strict=True)
         ],
     }
 
@@ -97,13 +96,9 @@ def merge_duplicates(prompts: Iterable[Prompt]) -> tuple[list[Prompt], int, int]
                 "then the text names it."
             )
         both = (merged[key], prompt) if key in merged else (prompt,)
-        answers: dict[str, Answer] = {}
-        for answer in (answer for each in both for answer in each.answers):
-            # Space around an answer is no difference that a judge could see.
-            answers.setdefault(answer.answer.strip(), answer)
-        answers.pop("", None)
+        answers = distinct_answers(answer for each in both for answer in each.answers)
         sources = list(dict.fromkeys(name for each in both for name in each.source or ()))
-        fields = {"answers": tuple(answers.values()), "source": sources or None}
+        fields = {"answers": answers, "source": sources or None}
         merged[key] = both[0].model_copy(update=fields)
     return list(merged.values()), num_rows, num_answers
 

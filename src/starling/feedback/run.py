@@ -5,20 +5,18 @@ run walks the same rounds and asks only what is missing.  Each round is written 
 that take their names after the last one, so memory holds one round of answers.
 """
 
-import json
 import logging
 import signal
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import Any, NamedTuple
 
 from starling.base.context import Context
 from starling.base.errors import DataError, Stopped
 from starling.base.files import sync_file
-from starling.base.jsonl import write_json, write_records
+from starling.base.jsonl import dump_line, write_json, write_records
 from starling.base.progress import Progress
 from starling.base.seeding import derive_seed
 from starling.base.stage import Summary
@@ -30,7 +28,6 @@ from starling.feedback.candidates import AnswerSet, Source, collect_answers, ope
 from starling.feedback.config import MOST_ANSWERS, FeedbackInputs, FeedbackSection
 from starling.feedback.prompts import prepare_prompts
 from starling.judging.build import build_judge
-from starling.judging.config import JudgeSection
 from starling.judging.judge import Comparison, Judge, Ranking, Unparsed
 from starling.judging.recorded import Recorded
 from starling.judging.strategies import num_calls
@@ -41,8 +38,7 @@ LOCAL_BATCH, REMOTE_BATCH = 64, 1024
 TEMPORARY = ".tmp-"
 
 
-@dataclass(frozen=True)
-class Outcome:
+class Outcome(NamedTuple):
     """What became of one prompt; the verdict is None where there was nothing to rank."""
 
     answers: AnswerSet
@@ -64,8 +60,7 @@ def run(section: FeedbackSection, inputs: FeedbackInputs, out: Path, context: Co
     """Write rankings, judgments, their audit, the prepared prompts and `calls.sqlite` to `out`."""
     for left_by_a_kill in out.glob(f"{TEMPORARY}*"):
         left_by_a_kill.unlink()
-    quarantine = out / "quarantine.jsonl"
-    prompts, counts = prepare_prompts(section, inputs, quarantine, seed=context.seed)
+    prompts, counts = prepare_prompts(section, inputs, out / "quarantine.jsonl", seed=context.seed)
     write_records(out / "prompts.jsonl", prompts)
     ledger = out / "calls.sqlite"
     judge_seed = derive_seed(context.seed, "feedback/judge")
@@ -77,27 +72,27 @@ def run(section: FeedbackSection, inputs: FeedbackInputs, out: Path, context: Co
         if isinstance(responder := getattr(judge, "responder", None), Recorded):
             recorders["judge"] = responder
         canaries = draw_canaries(prompts, section.canaries, context.seed)
-        parts = _Parts(sources, judge, canaries, context.seed)
-        with _Pace(_num_calls(section, inputs.judge, prompts, canaries), context) as pace:
+        parts = _Parts(section, inputs, prompts, sources, judge, canaries, context)
+        pace = _Pace(_num_calls(parts, prompts), context)
+        with pace:
             for recorder in recorders.values():
                 recorder.watch = pace.step
-            _write(out, _about(inputs, counts), _rounds(section, inputs, prompts, parts, pace))
-        calls = {name: recorder.stats for name, recorder in recorders.items()}
-    for name, stats in calls.items():
-        logger.info("%s: %s", name, stats)
+            _write(out, _about(inputs, counts), _rounds(parts, pace))
+    for name, recorder in recorders.items():
+        logger.info("%s: %s", name, recorder.stats)
     report = audit_file(out / "rankings.jsonl")
     write_json(out / "audit.json", report)
-    return _summarise(report, {n: stats.results() for n, stats in calls.items()}, out)
+    return _summarise(report, {n: each.stats.results() for n, each in recorders.items()}, out)
 
 
-class _Pace(AbstractContextManager["_Pace"]):
+class _Pace(Progress):
     """The line of progress, in calls, and the stop flag, which is heeded after every call.
 
     Candidates may report from threads of their own, whose work ends with the block.
     """
 
     def __init__(self, expected: int, context: Context) -> None:
-        self._progress = Progress("feedback", expected)
+        super().__init__("feedback", expected)
         self._context = context
         self._lock = Lock()
         self._done = self._settled = 0
@@ -114,7 +109,7 @@ class _Pace(AbstractContextManager["_Pace"]):
         self.check()
         with self._lock:
             # A prompt may need fewer calls than expected, so the last is left to `settle`.
-            self._show(min(self._done + 1, self._progress.total - 1))
+            self._show(min(self._done + 1, self.total - 1))
 
     def settle(self, calls: int) -> None:
         """Everything is done that so many of the expected calls were for."""
@@ -123,39 +118,36 @@ class _Pace(AbstractContextManager["_Pace"]):
 
     def _show(self, done: int) -> None:
         self._done = done
-        self._progress.update(done, self._context.spending.note())
+        self.update(done, self._context.spending.note())
 
     def __exit__(self, *error: object) -> None:
         self._has_ended = True
-        self._progress.__exit__(*error)
+        super().__exit__(*error)
 
 
-@dataclass(frozen=True)
-class _Parts:
-    """Who answers, who judges, and the kind of canary by the id of a prompt that has one."""
+class _Parts(NamedTuple):
+    """What is asked, who answers, who judges; `canaries` has the kind by the id of its prompt."""
 
+    section: FeedbackSection
+    inputs: FeedbackInputs
+    prompts: Sequence[Prompt]
     sources: Sequence[Source]
     judge: Judge
     canaries: Mapping[str, str]
-    seed: int
+    context: Context
 
 
-def _rounds(
-    section: FeedbackSection,
-    inputs: FeedbackInputs,
-    prompts: Sequence[Prompt],
-    parts: _Parts,
-    pace: _Pace,
-) -> Iterator[Outcome]:
+def _rounds(parts: _Parts, pace: _Pace) -> Iterator[Outcome]:
     """Every prompt's outcome, in order; DataError where too many have no ranking."""
-    is_local = any(each.url is None for each in inputs.candidates)
-    is_local = is_local or inputs.judge.kind in ("local", "logits")
+    section, prompts = parts.section, parts.prompts
+    is_local = any(each.url is None for each in parts.inputs.candidates)
+    is_local = is_local or parts.inputs.judge.kind in ("local", "logits")
     size = section.batch or (LOCAL_BATCH if is_local else REMOTE_BATCH)
     failures: list[str] = []
     for start in range(0, len(prompts), size):
         pace.check()
         batch = prompts[start : start + size]
-        outcomes = _judge(parts, collect_answers(parts.sources, batch, parts.seed))
+        outcomes = _judge(parts, collect_answers(parts.sources, batch, parts.context.seed))
         failures += (outcome.failure for outcome in outcomes if outcome.failure is not None)
         # After every round, so that a judge that never answers is not paid to the end.
         if len(failures) > section.allowed_failures * len(prompts):
@@ -165,23 +157,19 @@ def _rounds(
                 f"first: {failures[0]}. Mend the cause, then run the same command again: what was "
                 "answered is kept."
             )
-        pace.settle(_num_calls(section, inputs.judge, batch, parts.canaries))
+        pace.settle(_num_calls(parts, batch))
         yield from outcomes
 
 
 def _judge(parts: _Parts, answer_sets: Sequence[AnswerSet]) -> list[Outcome]:
     """One outcome per set, in order; sets of fewer than two answers are not shown to the judge."""
-    asked = {
-        each.prompt.id: Comparison(
-            id=each.prompt.id,
-            messages=each.prompt.messages,
-            answers=tuple(answer.answer for answer in each.answers),
-            checks=each.prompt.checks,
-            finished=tuple(answer.finish_reason == "stop" for answer in each.answers),
-        )
-        for each in answer_sets
-        if len(each.answers) >= 2
-    }
+    asked: dict[str, Comparison] = {}
+    for prompt, answers, *_ in answer_sets:
+        if len(answers) >= 2:
+            texts = tuple(each.answer for each in answers)
+            finished = tuple(each.finish_reason == "stop" for each in answers)
+            question = Comparison(prompt.id, prompt.messages, texts, prompt.checks, finished)
+            asked[prompt.id] = question
     verdicts = {verdict.id: verdict for verdict in parts.judge.rank(asked.values())}
     cheated = {
         id: with_canary(asked[id], verdict, parts.canaries[id])
@@ -199,18 +187,14 @@ def _judge(parts: _Parts, answer_sets: Sequence[AnswerSet]) -> list[Outcome]:
     ]
 
 
-def _num_calls(
-    section: FeedbackSection,
-    judge: JudgeSection,
-    prompts: Sequence[Prompt],
-    canaries: Mapping[str, str],
-) -> int:
+def _num_calls(parts: _Parts, prompts: Sequence[Prompt]) -> int:
     """Calls that the prompts take, if every answer comes and none are alike."""
-    new = sum(candidate.answers for candidate in section.candidates)
+    judge = parts.inputs.judge
+    new = sum(candidate.answers for candidate in parts.section.candidates)
     calls = new * len(prompts)
     for prompt in prompts:
         k = min(new + len(prompt.answers), MOST_ANSWERS)
-        calls += num_calls(judge.strategy, judge.repeats, k) * (1 + (prompt.id in canaries))
+        calls += num_calls(judge.strategy, judge.repeats, k) * (1 + (prompt.id in parts.canaries))
     return calls
 
 
@@ -221,9 +205,9 @@ def _write(out: Path, about: dict[str, Any], outcomes: Iterator[Outcome]) -> Non
     def rows() -> Iterator[dict[str, Any]]:
         has_rows = False
         with partial.open("wb") as judgments:
-            judgments.write(_dump(about))
+            judgments.write(dump_line(about))
             for outcome in outcomes:
-                judgments.writelines(map(_dump, _lines(outcome)))
+                judgments.writelines(map(dump_line, _lines(outcome)))
                 if isinstance(outcome.verdict, Ranking):
                     has_rows = True
                     yield _row(outcome.answers, outcome.verdict)
@@ -239,10 +223,6 @@ def _write(out: Path, about: dict[str, Any], outcomes: Iterator[Outcome]) -> Non
         partial.replace(out / JUDGMENTS)
     finally:
         partial.unlink(missing_ok=True)
-
-
-def _dump(line: Mapping[str, Any]) -> bytes:
-    return json.dumps(line, ensure_ascii=False, allow_nan=False).encode() + b"\n"
 
 
 def _about(inputs: FeedbackInputs, counts: Mapping[str, Any]) -> dict[str, Any]:
@@ -274,11 +254,9 @@ def _lines(outcome: Outcome) -> Iterator[dict[str, Any]]:
 
 
 def _verdict(verdict: Ranking | Unparsed) -> dict[str, Any]:
-    votes = [
-        _without(asdict(vote) | asdict(vote.usage), "usage", "seconds", "usd")
-        for vote in verdict.votes
-    ]
-    return _without(asdict(verdict), "id", "text") | {"votes": votes}
+    fields = asdict(verdict)
+    votes = [_without(vote | vote["usage"], "usage", "seconds", "usd") for vote in fields["votes"]]
+    return _without(fields, "id", "text") | {"votes": votes}
 
 
 def _without(fields: dict[str, Any], *names: str) -> dict[str, Any]:
@@ -289,18 +267,14 @@ def _row(answer_set: AnswerSet, ranking: Ranking) -> dict[str, Any]:
     """A RankingRow, Nectar's columns first."""
     prompt = answer_set.prompt
     answers = [
-        {
-            "answer": a.answer,
-            "model": a.model,
-            "rank": float(rank),
-            "finish_reason": a.finish_reason,
-        }
-        for a, rank in zip(answer_set.answers, ranking.ranks, strict=True)
+        {"answer": each.answer, "model": each.model, "rank": float(rank)}
+        | each.model_dump(include={"finish_reason"}, exclude_none=True)
+        for each, rank in zip(answer_set.answers, ranking.ranks, strict=True)
     ]
     return {
         "prompt": published_prompt(prompt),
         "messages": [message.model_dump() for message in prompt.messages],
-        "answers": [_without(answer) for answer in answers],
+        "answers": answers,
         "turns": sum(message.role == "user" for message in prompt.messages),
         "num_responses": len(answers),
         "source": prompt.source,
@@ -318,15 +292,14 @@ def _summarise(report: Mapping[str, Any], calls: Mapping[str, Any], out: Path) -
     for finding in concerns:
         logger.warning("%s %s", finding["sentence"], finding["advice"])
     biased = {table["is_biased"] for table in report.get("positions", {}).values()} - {None}
-    place = "a preference for a place" if True in biased else "no preference for a place"
-    place = place if biased else "too few to see a preference for a place"
+    some = "a" if True in biased else "no" if biased else "too few to see a"
     num_prompts, k = sum(outcomes.values()), answers["given"] / rankings
     others = [f"{n} {name}" for name, n in outcomes.items() if name != "ranked"]
     dropped = f" ({', '.join(others)})" if others else ""
     return Summary(
-        f"Ranked {rankings} of {num_prompts} prompts{dropped}, {k:.1f} answers each, {place}; of "
-        f"concern: {len(concerns)} of {len(report['findings'])} findings (starling audit tells "
-        f"them; next: starling reward) -> {out / 'rankings.jsonl'}",
+        f"Ranked {rankings} of {num_prompts} prompts{dropped}, {k:.1f} answers each, {some} "
+        f"preference for a place; of concern: {len(concerns)} of {len(report['findings'])} findings"
+        f" (starling audit tells them; next: starling reward) -> {out / 'rankings.jsonl'}",
         {
             "prompts": num_prompts,
             "rankings": rankings,

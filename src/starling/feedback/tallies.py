@@ -78,8 +78,9 @@ class Tallies:
                 found["models", answer.model, f"mean_rank_{nature}"].append(place)
             self.count("answers", "given")
             self.count("answers", "truncated", by=answer.finish_reason == "length")
-            self.count("answers", "refused", by=is_refusal(answer.answer))
-            if is_refusal(answer.answer):
+            refused = is_refusal(answer.answer)
+            self.count("answers", "refused", by=refused)
+            if refused:
                 self.count("models", answer.model, "refused")
                 text = answer.answer[:EXAMPLE_CHARS]
                 self.note("answers", "refusals", example={"id": row.id, "text": text})
@@ -137,25 +138,26 @@ class Tallies:
         votes = [vote for vote in line["votes"] if vote.get("ranks") is not None]
         found: defaultdict[tuple[str, ...], list[float]] = defaultdict(list)
         for ranks in (vote["ranks"] for vote in votes):
-            self.count("positions", str(len(ranks)), "verdicts")
-            for n, (win, place) in enumerate(
-                zip(shares_of_win(ranks), places(ranks), strict=True), start=1
-            ):
-                found["positions", str(len(ranks)), "places", str(n), "winner_share"].append(win)
-                found["positions", str(len(ranks)), "places", str(n), "mean_rank"].append(place)
+            table = ("positions", str(len(ranks)))
+            self.count(*table, "verdicts")
+            ranked = zip(shares_of_win(ranks), places(ranks), strict=True)
+            for n, (win, place) in enumerate(ranked, start=1):
+                found[*table, "places", str(n), "winner_share"].append(win)
+                found[*table, "places", str(n), "mean_rank"].append(place)
         found["judge", "kendall_w"] = [line["agreement"]] if line.get("agreement") else []
         found["judge", "kendall_tau"] = [*tau_of_votes(votes)]
         for path, values in found.items():
             self.add(*path, values=values)
 
     def _add_canary(self, kind: str, ranks: Sequence[int] | None, index: int) -> None:
-        self.count("canaries", kind, "unparsed", by=ranks is None)
+        table = ("canaries", kind)
+        self.count(*table, "unparsed", by=ranks is None)
         if ranks is not None:
-            self.count("canaries", kind, "questions")
-            self.count("canaries", kind, "wins", by=shares_of_win(ranks)[index])
-            self.count("canaries", kind, "wins_by_chance", by=1 / len(ranks))
-            self.add("canaries", kind, "mean_rank", values=[places(ranks)[index]])
-            self.add("canaries", kind, "rank_by_chance", values=[(len(ranks) + 1) / 2])
+            self.count(*table, "questions")
+            self.count(*table, "wins", by=shares_of_win(ranks)[index])
+            self.count(*table, "wins_by_chance", by=1 / len(ranks))
+            self.add(*table, "mean_rank", values=[places(ranks)[index]])
+            self.add(*table, "rank_by_chance", values=[(len(ranks) + 1) / 2])
 
 
 def places(ranks: Sequence[int | None]) -> list[float]:

@@ -48,6 +48,8 @@ def own_words(reply: str, task: str) -> str:
     A block that is opened on a line of its own and never closed counts as quoted to the end.
     """
     nonce = task.removeprefix(_CODE)[:NONCE_LENGTH]
+    if nonce not in reply:
+        return reply  # nothing is quoted, and patterns of a new nonce are slow to compile
     name = rf"(?!end\b)[^<>\n]*{nonce}>>"
     closed = rf"<<{name}.*?<<end\b[^<>\n]*{nonce}>>"
     unclosed = rf"^[ \t>`*]*<<{name}[ \t`*]*$.*"

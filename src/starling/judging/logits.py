@@ -71,23 +71,15 @@ class LogitsJudge(AbstractContextManager["LogitsJudge"]):
             if isinstance(rows, str):
                 yield Unparsed(each.id, rows)
                 continue
-            by_answer = [
-                [row[turn.index(answer)] for answer in range(len(turn))]
-                for turn, row in zip(turns, rows, strict=True)
-            ]
+            votes, by_answer = [], []
+            for turn, row, ids in zip(turns, rows, questions, strict=True):
+                said, usage = _said(row, self._letters), Usage(len(ids), 0)
+                votes.append(Vote(turn, said, _ranks(row), usage=usage, usd=0.0))
+                placed = dict(zip(turn, row, strict=True))
+                by_answer.append([placed[answer] for answer in range(len(turn))])
             means = [sum(column) / len(column) for column in zip(*by_answer, strict=True)]
-            votes = tuple(
-                Vote(
-                    presented=turn,
-                    text=_said(row, self._letters),
-                    ranks=ranks_from(row, tolerance=TIE),
-                    usage=Usage(len(question), 0),
-                    usd=0.0,
-                )
-                for turn, row, question in zip(turns, rows, questions, strict=True)
-            )
-            agreement = kendall_w([ranks_from(row, tolerance=TIE) for row in by_answer])
-            yield Ranking(each.id, ranks_from(means, tolerance=TIE), votes, agreement=agreement)
+            agreement = kendall_w([_ranks(row) for row in by_answer])
+            yield Ranking(each.id, _ranks(means), tuple(votes), agreement=agreement)
 
     def rate(self, answers: Iterable[GradedAnswer]) -> Iterator[Rating | Unparsed]:
         """Rate each answer: 1 and the expected digit, so from 1 to 10."""
@@ -166,6 +158,10 @@ def rotations(comparison: Comparison, seed: int) -> list[tuple[int, ...]]:
         raise ValueError(f"comparison {comparison.id} has {k} answers; 2 to 26 can be lettered")
     order = python_generator(seed, f"judging/logits/order/{comparison.id}").sample(range(k), k)
     return [(*order[start:], *order[:start]) for start in range(k)]
+
+
+def _ranks(logprobs: Sequence[float]) -> tuple[int, ...]:
+    return ranks_from(logprobs, tolerance=TIE)
 
 
 def _begun(codec: ChatCodec, question: str, answer: str) -> list[int]:

@@ -11,7 +11,6 @@ those that are there if they suffice, and says that they do not otherwise; no ra
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from itertools import combinations
 from typing import Literal, NamedTuple
@@ -29,8 +28,7 @@ TIE = 1e-6
 """Log-strengths closer than this are equal: what is left between equals is rounding."""
 
 
-@dataclass(frozen=True)
-class Question:
+class Question(NamedTuple):
     """One call: `presented` says which answers `messages` show, in the order of their places.
 
     `id` is the call's own among all calls of one `rank`.  `key` names its random streams; the first
@@ -111,13 +109,12 @@ def _ask_pairs(comparison: Comparison, seed: int) -> list[Question]:
 
 def _ask_ratings(comparison: Comparison, seed: int) -> list[Question]:
     finished = comparison.finished or (True,) * len(comparison.answers)
-    answers = [
-        GradedAnswer(
-            f"{comparison.id}/{place}", comparison.messages, text, comparison.checks, ended
-        )
-        for place, (text, ended) in enumerate(zip(comparison.answers, finished, strict=True))
-    ]
-    return [rating_question(answer, seed, place) for place, answer in enumerate(answers)]
+    questions = []
+    for place, text in enumerate(comparison.answers):
+        id, messages = f"{comparison.id}/{place}", comparison.messages
+        answer = GradedAnswer(id, messages, text, comparison.checks, finished[place])
+        questions.append(rating_question(answer, seed, place))
+    return questions
 
 
 def _question(id: str, key: str, shown: Presented) -> Question:

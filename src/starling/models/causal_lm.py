@@ -155,11 +155,7 @@ def new_language_model(
 
 
 def load_language_model(
-    reference: str,
-    *,
-    device: str = "cpu",
-    dtype: str = "float32",
-    chat_format: str | None = None,
+    reference: str, *, device: str = "cpu", dtype: str = "float32", chat_format: str | None = None
 ) -> LanguageModel:
     """Load a folder or hub id from safetensors; never remote code, never pickle.
 

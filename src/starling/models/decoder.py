@@ -140,9 +140,7 @@ class LlamaDecoder(PlainDecoder):
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__(model)
         self.base: Any = model.base_model
-        config: Any = model.config
-        self.groups = config.num_key_value_heads
-        self.query_heads = config.num_attention_heads
+        self.groups = self.base.config.num_key_value_heads
         self._versions: list[tuple[int, int]] = []
         self._parameters: list[nn.Parameter] = []
         self._sums: list[int] = []

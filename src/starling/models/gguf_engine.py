@@ -23,16 +23,17 @@ from typing import TYPE_CHECKING, Any
 from starling.base.errors import DataError, ModelError
 from starling.base.hashing import hash_file, hash_json
 from starling.base.seeding import derive_seed
-from starling.data.chat import FORMATS, ChatCodec, build_codec
+from starling.data.chat import ChatCodec, build_codec
 from starling.data.gguf import gguf_tokenizer, read_metadata, stop_ids
 from starling.models.interfaces import (
     GenerationRequest,
     Request,
     Sample,
     Sampling,
+    check_request,
     returned,
 )
-from starling.models.loading import check_template, guess_format
+from starling.models.loading import choose_format
 from starling.models.local import Local
 
 if TYPE_CHECKING:
@@ -92,14 +93,7 @@ class GgufEngine:
         return (yield from self._decode(self._admit(request), 0))
 
     def _admit(self, request: GenerationRequest) -> GenerationRequest:
-        length, asked = len(request.prompt_ids), request.sampling.max_tokens
-        if asked < 1:
-            raise ValueError(f"request {request.id}: max_tokens is {asked}; it must be 1 or more")
-        if length + asked > self.context:
-            raise DataError(
-                f"request {request.id}: {length} prompt tokens and up to {asked} more do not fit "
-                f"the {self.context} tokens of context; shorten the prompt or lower the limit"
-            )
+        check_request(request, self.context, f"the {self.context} tokens of context")
         self._cancelled.discard(request.id)
         return request
 
@@ -209,13 +203,7 @@ def load_gguf(
     path = Path(path)
     metadata = read_metadata(path)
     tokenizer = gguf_tokenizer(path, metadata)
-    name = chat_format or guess_format(tokenizer)
-    if name is None:
-        raise ModelError(
-            f"{path}: the chat format is not known; set chat_format to one of {', '.join(FORMATS)}"
-        )
-    if chat_format is None and name.startswith("openchat"):
-        check_template(str(path), name, tokenizer)
+    name = choose_format(str(path), tokenizer, chat_format)
     codec = build_codec(name, tokenizer, stop_ids(metadata))
     architecture = metadata.get("general.architecture")
     trained = metadata.get(f"{architecture}.context_length", LONGEST_CONTEXT)

@@ -5,10 +5,12 @@ Both yield results as they finish, in any order, named by the request's id.  doc
 says why there are two.
 """
 
+import math
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, runtime_checkable
 
+from starling.base.errors import DataError
 from starling.data.records import FinishReason, Message
 
 if TYPE_CHECKING:
@@ -43,6 +45,31 @@ class GenerationRequest:
     prompt_ids: tuple[int, ...]
     sampling: Sampling
     num_samples: int = 1
+
+
+def check_request(request: GenerationRequest, limit: int | None, room: str) -> None:
+    """Raise ValueError for settings without a meaning, DataError for more tokens than `limit`.
+
+    `room` is what holds at most `limit` tokens, in words.
+    """
+    name, sampling = f"request {request.id}", request.sampling
+    warm = math.isfinite(sampling.temperature) and sampling.temperature >= 0
+    for is_wrong, problem in (
+        (not request.prompt_ids, "the prompt is empty; a sample continues at least one token"),
+        (request.num_samples < 1, f"num_samples is {request.num_samples}; it is at least 1"),
+        (sampling.max_tokens < 1, f"max_tokens is {sampling.max_tokens}; it is at least 1"),
+        (not warm, f"temperature is {sampling.temperature}; it is finite and at least 0"),
+        (not 0 < sampling.top_p <= 1, f"top_p is {sampling.top_p}; it is above 0, at most 1"),
+        (sampling.top_k < 0, f"top_k is {sampling.top_k}; it is at least 0 (off)"),
+        ("" in sampling.stop, "an empty stop string would stop before the first token"),
+    ):
+        if is_wrong:
+            raise ValueError(f"{name}: {problem}")
+    if limit is not None and len(request.prompt_ids) + sampling.max_tokens > limit:
+        raise DataError(
+            f"{name}: {len(request.prompt_ids)} prompt tokens and up to {sampling.max_tokens} more "
+            f"do not fit {room}; shorten the prompt or lower the response limit"
+        )
 
 
 @dataclass(frozen=True)

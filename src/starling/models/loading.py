@@ -226,20 +226,21 @@ def load_codec(reference: str, config: PretrainedConfig, chat_format: str | None
     `chat_format` says whom to believe.
     """
     tokenizer = load_tokenizer(reference)
-    name = chat_format or getattr(config, "starling_chat_format", None) or guess_format(tokenizer)
-    if name is None:
-        raise ModelError(
-            f"{reference}: the chat format is not known; set chat_format to one of "
-            f"{', '.join(FORMATS)}"
-        )
-    if chat_format is None and name.startswith("openchat"):
-        check_template(reference, name, tokenizer)
+    stored: Any = getattr(config, "starling_chat_format", None)
+    name = choose_format(reference, tokenizer, chat_format, stored)
     stop_ids = _stop_ids(reference, config)
     check_vocabulary(reference, config, tokenizer)
     named_pad = tokenizer.saved.pad_token_id
     codec = build_codec(name, tokenizer, stop_ids)
-    if named_pad != codec.end_id:  # else the tokenizer said so itself
-        _check_pad(reference, config, codec)
+    # As that of Starling-LM-7B-beta does; where the tokenizer names it too, that has been said.
+    if config.pad_token_id == codec.end_id != named_pad:
+        logger.warning(
+            "%s: config.json pads with the end marker (%d), which would hide ends from training; "
+            "Starling pads with %d, and saves that",
+            reference,
+            codec.end_id,
+            tokenizer.pad_id,
+        )
     _check_end(reference, codec, stop_ids)
     # Also because the embedding of config's pad token is never trained.
     config.pad_token_id = tokenizer.pad_id
@@ -268,16 +269,29 @@ def _stop_ids(reference: str, config: PretrainedConfig) -> list[int]:
     return ends
 
 
-def guess_format(tokenizer: TextTokenizer) -> str | None:
-    """OpenChat by its marker, else the model's own template, else ChatML by its markers."""
+def choose_format(
+    reference: str, tokenizer: TextTokenizer, wanted: str | None, stored: str | None = None
+) -> str:
+    """The format `wanted`, or `stored`, or OpenChat by its marker, else the model's own template,
+    else ChatML by its markers.  A template is checked unless the format is `wanted`.
+    """
+    guessed = "chatml" if tokenizer.marker_id("<|im_end|>") is not None else None
     if tokenizer.marker_id("<|end_of_turn|>") is not None:
-        return "openchat"
-    if tokenizer.saved.chat_template:
-        return "template"
-    return "chatml" if tokenizer.marker_id("<|im_end|>") is not None else None
+        guessed = "openchat"
+    elif tokenizer.saved.chat_template:
+        guessed = "template"
+    name = wanted or stored or guessed
+    if name is None:
+        raise ModelError(
+            f"{reference}: the chat format is not known; set chat_format to one of "
+            f"{', '.join(FORMATS)}"
+        )
+    if wanted is None and name.startswith("openchat"):
+        _check_template(reference, name, tokenizer)
+    return name
 
 
-def check_template(reference: str, name: str, tokenizer: TextTokenizer) -> None:
+def _check_template(reference: str, name: str, tokenizer: TextTokenizer) -> None:
     """Refuse a stored template that writes user and assistant turns unlike format `name`."""
     saved = tokenizer.saved
     if not saved.chat_template:
@@ -327,16 +341,4 @@ def _check_end(reference: str, codec: ChatCodec, stop_ids: list[int]) -> None:
             ", ".join(map(str, name(stop_ids))) or "not set",
             name(codec.end_id),
             codec.end_id,
-        )
-
-
-def _check_pad(reference: str, config: PretrainedConfig, codec: ChatCodec) -> None:
-    """Say that config.json pads with the end marker, as that of Starling-LM-7B-beta does."""
-    if config.pad_token_id == codec.end_id:
-        logger.warning(
-            "%s: config.json pads with the end marker (%d), which would hide ends from training; "
-            "Starling pads with %d, and saves that",
-            reference,
-            codec.end_id,
-            codec.tokenizer.pad_id,
         )

@@ -120,11 +120,7 @@ def drop_oldest(messages: tuple[Message, ...]) -> tuple[Message, ...] | None:
 
 
 def load_local(
-    reference: str,
-    device: str = "cpu",
-    *,
-    dtype: str = "float32",
-    chat_format: str | None = None,
+    reference: str, device: str = "cpu", *, dtype: str = "float32", chat_format: str | None = None
 ) -> Local:
     """Load a folder or hub id behind the in-process engine; its identity follows its content."""
     loaded = load_language_model(reference, device=device, dtype=dtype, chat_format=chat_format)

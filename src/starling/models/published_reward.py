@@ -26,13 +26,7 @@ from transformers import AutoModelForSequenceClassification
 from starling.base.errors import InputError, ModelError, some
 from starling.data.chat import build_codec
 from starling.data.tokenizer import load_tokenizer
-from starling.models.loading import (
-    PICKLES,
-    SIDE_FILES,
-    check_vocabulary,
-    empty_model,
-    load_config,
-)
+from starling.models.loading import PICKLES, SIDE_FILES, check_vocabulary, empty_model, load_config
 from starling.models.reward_model import RewardModel
 
 logger = logging.getLogger(__name__)

@@ -4,7 +4,6 @@ A row's randomness is its own: its uniforms are drawn from its request's seed, s
 depend on its neighbours (up to the rounding of batched matrix products).
 """
 
-import math
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
@@ -15,10 +14,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from starling.base.errors import DataError
 from starling.base.seeding import derive_seed
+from starling.models.causal_lm import Batch
 from starling.models.decoder import SlotCache, decoder_for
-from starling.models.interfaces import GenerationRequest, Sample
+from starling.models.interfaces import GenerationRequest, Sample, check_request
 from starling.models.sampling import draw_tokens, untempered_logprobs
 
 Decode = Callable[[Sequence[int]], str]
@@ -86,35 +85,17 @@ class TorchEngine:
                     batch.cancelled.add(request_id)
 
     def _batch(self, requests: Sequence[GenerationRequest]) -> "_Batch":
+        limit = getattr(self.model.config, "max_position_embeddings", None)
         for request in requests:
-            self._check(request)
+            check_request(request, limit, f"the model's {limit} positions")
+            if request.sampling.stop and self.decode is None:
+                raise ValueError(
+                    f"request {request.id}: stop strings need an engine with a `decode`"
+                )
         batch = _Batch(self, requests)
         with self._lock:
             self._batches.add(batch)
         return batch
-
-    def _check(self, request: GenerationRequest) -> None:
-        name, sampling = f"request {request.id}", request.sampling
-        warm = math.isfinite(sampling.temperature) and sampling.temperature >= 0
-        for is_wrong, problem in (
-            (not request.prompt_ids, "the prompt is empty; a sample continues at least one token"),
-            (request.num_samples < 1, f"num_samples is {request.num_samples}; it is at least 1"),
-            (sampling.max_tokens < 1, f"max_tokens is {sampling.max_tokens}; it is at least 1"),
-            (not warm, f"temperature is {sampling.temperature}; it is finite and at least 0"),
-            (not 0 < sampling.top_p <= 1, f"top_p is {sampling.top_p}; it is above 0, at most 1"),
-            (sampling.top_k < 0, f"top_k is {sampling.top_k}; it is at least 0 (off)"),
-            ("" in sampling.stop, "an empty stop string would stop before the first token"),
-            (sampling.stop and not self.decode, "stop strings need an engine with a `decode`"),
-        ):
-            if is_wrong:
-                raise ValueError(f"{name}: {problem}")
-        limit = getattr(self.model.config, "max_position_embeddings", None)
-        if limit is not None and len(request.prompt_ids) + sampling.max_tokens > limit:
-            raise DataError(
-                f"{name}: {len(request.prompt_ids)} prompt tokens and up to "
-                f"{sampling.max_tokens} more do not fit the model's {limit} positions; "
-                "shorten the prompt or lower the response limit"
-            )
 
 
 @dataclass(eq=False)
@@ -140,10 +121,6 @@ class _Row:
         generator = torch.Generator().manual_seed(seed)
         drawn = torch.rand(sampling.max_tokens, generator=generator, dtype=torch.float64)
         self.uniforms = drawn.tolist()
-
-    @property
-    def next_token(self) -> int:
-        return self.ids[-1] if self.ids else self.request.prompt_ids[-1]
 
     @property
     def position(self) -> int:
@@ -223,13 +200,9 @@ class _Batch:
         self.cache.fit(len(self.rows), max(row.position for row in self.rows) + 1)
 
     def _encode(self, prompts: Sequence[tuple[int, ...]], slots: list[int]) -> None:
-        width = max(map(len, prompts)) - 1
-        pad = self.engine.pad_id
-        padded = [[*prompt[:-1], *[pad] * (width - len(prompt) + 1)] for prompt in prompts]
         device = self.engine.model.device
-        self.engine.decoder.encode(
-            torch.tensor(padded, device=device), torch.tensor(slots, device=device), self.cache
-        )
+        padded = Batch([prompt[:-1] for prompt in prompts], self.engine.pad_id, str(device))
+        self.engine.decoder.encode(padded.token_ids, torch.tensor(slots, device=device), self.cache)
 
     @torch.no_grad()
     def _step(self) -> list[Sample]:
@@ -238,7 +211,7 @@ class _Batch:
         positions = [row.position for row in rows]
         self._fit()
         logits = self.engine.decoder.step(
-            torch.tensor([row.next_token for row in rows], device=device),
+            torch.tensor([(row.ids or row.request.prompt_ids)[-1] for row in rows], device=device),
             torch.tensor(positions, device=device),
             self.cache,
         )

@@ -5,11 +5,10 @@ The loops themselves stand in `sft`, `reward` and `ppo`, and read as their algor
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +17,8 @@ from starling.base.checkpoint import Snapshot, load_newest, save_checkpoint
 from starling.base.context import Context
 from starling.base.errors import CheckpointError, InputError
 from starling.base.metrics import MetricsLog
+from starling.base.progress import Progress
+from starling.base.seeding import permutation
 from starling.base.training_state import (
     check_names,
     flatten_optimizer,
@@ -84,32 +85,50 @@ class Trainable:
         return norm
 
 
+@runtime_checkable
+class AdamSettings(Protocol):
+    """What every training stage's section has."""
+
+    lr: float
+    weight_decay: float
+    max_grad_norm: float
+
+
 def adamw(
-    parameters: Iterable[nn.Parameter],
+    name: str,
+    module: nn.Module,
+    section: AdamSettings,
+    schedule: Schedule,
     *,
-    lr: float,
-    weight_decay: float,
     eps: float = 1e-8,
     beta2: float = 0.999,
-) -> torch.optim.AdamW:
-    """AdamW over the parameters that want a gradient."""
-    wanted = [parameter for parameter in parameters if parameter.requires_grad]
-    return torch.optim.AdamW(wanted, lr=lr, weight_decay=weight_decay, eps=eps, betas=(0.9, beta2))
+) -> Trainable:
+    """AdamW over a module's parameters that want a gradient, as the stage's `section` sets it."""
+    wanted = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(
+        wanted, lr=section.lr, weight_decay=section.weight_decay, eps=eps, betas=(0.9, beta2)
+    )
+    return Trainable({name: module}, optimizer, section.lr, schedule, section.max_grad_norm)
 
 
 class Journal:
-    """A training stage's files: metrics, timing, and checkpoints that resume it exactly.
+    """A stage's record: metrics, timing, progress, and checkpoints that resume it exactly.
 
     `extra` is the stage's own state (plain JSON) and `tensors` its own tensors beside the modules:
     whatever the loop carries from step to step.
     """
 
-    def __init__(self, out: Path, trainable: Trainable, context: Context, *, every: int) -> None:
+    def __init__(
+        self, out: Path, trainable: Trainable, context: Context, stage: str, steps: int, every: int
+    ) -> None:
+        """`every` is how many of the `steps` lie between two checkpoints."""
         out.mkdir(parents=True, exist_ok=True)
         self._folder = out / "checkpoints"
         self._trainable = trainable
         self._context = context
+        self._stage = stage
         self._every = every
+        self._progress = Progress(stage, steps)
         self._metrics = MetricsLog(out / "metrics.jsonl")
         self._timing = MetricsLog(out / "timing.jsonl")
         self._clock = time.perf_counter()
@@ -131,12 +150,13 @@ class Journal:
         self._metrics.cut_back(snapshot.state["metrics_offset"])
         return Snapshot(snapshot.step, select("extra", tensors), snapshot.state)
 
-    def log(self, step: int, values: Mapping[str, float], *, seconds_key: str) -> None:
-        """Write one step's metrics, and its wall-clock seconds to timing.jsonl."""
+    def log(self, step: int, values: Mapping[str, float], note: str) -> None:
+        """Write one step's metrics, its wall-clock seconds to timing.jsonl, and show `note`."""
         self._metrics.log(step, values)
         now = time.perf_counter()
-        self._timing.log(step, {seconds_key: now - self._clock})
+        self._timing.log(step, {f"{self._stage}/seconds": now - self._clock})
         self._clock = now
+        self._progress.update(step, note)
 
     def boundary(
         self,
@@ -166,12 +186,8 @@ class Journal:
     def __enter__(self) -> "Journal":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
+        self._progress.__exit__(*error)
         self._metrics.close()
         self._timing.close()
 
@@ -186,8 +202,9 @@ def _load(module: nn.Module, saved: Mapping[str, Tensor]) -> None:
         ) from error
 
 
-def batch_indices(step: int, batch: int, order: Callable[[int], list[int]], n: int) -> list[int]:
+def batch_indices(step: int, batch: int, n: int, seed: int, purpose: str) -> list[int]:
     """The rows of optimizer step `step`: consecutive ones of the epochs' orders, none left out."""
     places = range(step * batch, (step + 1) * batch)
-    epochs = {epoch: order(epoch) for epoch in range(places[0] // n, places[-1] // n + 1)}
+    numbers = range(places[0] // n, places[-1] // n + 1)
+    epochs = {epoch: permutation(n, seed, purpose, epoch) for epoch in numbers}
     return [epochs[place // n][place % n] for place in places]

@@ -37,12 +37,7 @@ def shape_rewards(
 
 
 def estimate_advantages(
-    rewards: PerToken,
-    values: PerToken,
-    response_mask: Mask,
-    *,
-    gamma: float,
-    gae_lambda: float,
+    rewards: PerToken, values: PerToken, response_mask: Mask, *, gamma: float, gae_lambda: float
 ) -> Advantages:
     """GAE(gamma, lambda) advantages, and returns as advantages + values.
 

@@ -18,6 +18,7 @@ from starling.models.causal_lm import Batch, padded_mask
 from starling.models.interfaces import Engine, GenerationRequest, Sample, Sampling
 from starling.models.reward_model import RewardModel, Scored
 from starling.ppo.actor_critic import ActorCritic, reference_logprobs
+from starling.ppo.config import PpoSection
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,11 @@ class Rollout:
         return replace(self, scores=self.scores[index], **columns)
 
 
+def sampling(section: PpoSection, seed: int) -> Sampling:
+    """How rollouts and validation answers are drawn."""
+    return Sampling(section.max_response_tokens, section.temperature, seed)
+
+
 def sample_responses(
     engine: Engine,
     codec: ChatCodec,
@@ -107,11 +113,7 @@ def sample_responses(
 
 
 def score_responses(
-    reward_model: RewardModel,
-    samples: Samples,
-    *,
-    missing_end_penalty: float | None,
-    reward_clip: float | None,
+    reward_model: RewardModel, samples: Samples, section: PpoSection
 ) -> Float[Tensor, " B"]:
     """Normalised scores of the responses, re-rendered from text in the reward model's own format.
 
@@ -123,11 +125,11 @@ def score_responses(
         Scored((*prompt.messages, Message(role="assistant", content=text)), prompt.mode, finished)
         for prompt, text, finished in rows
     )
-    if reward_clip is not None:
-        scores = scores.clamp(-reward_clip, reward_clip)
-    if missing_end_penalty is not None:
+    if section.reward_clip is not None:
+        scores = scores.clamp(-section.reward_clip, section.reward_clip)
+    if section.missing_end_penalty is not None:
         is_finished = torch.tensor(samples.is_finished)
-        scores = torch.where(is_finished, scores, torch.tensor(missing_end_penalty))
+        scores = torch.where(is_finished, scores, torch.tensor(section.missing_end_penalty))
     return scores.to(samples.token_ids.device)
 
 
@@ -137,11 +139,10 @@ def evaluate_rollout(
     reference: PreTrainedModel,
     samples: Samples,
     scores: Float[Tensor, " B"],
-    *,
-    temperature: float,
-    microbatch: int,
+    section: PpoSection,
 ) -> Rollout:
     """Add the trainer's own logprobs, the reference's, and the values of every response token."""
+    temperature, microbatch = section.temperature, section.microbatch
     old_logprobs, ref_logprobs, values = [], [], []
     for start in range(0, len(scores), microbatch):
         tokens = samples.token_ids[start : start + microbatch]

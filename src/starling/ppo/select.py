@@ -21,12 +21,12 @@ from starling.base.seeding import derive_seed
 from starling.data.chat import ChatCodec
 from starling.data.records import Prompt
 from starling.judging.judge import GradedAnswer, Judge, Rating
-from starling.models.interfaces import Engine, Sampling
+from starling.models.interfaces import Engine
 from starling.models.reward_model import RewardModel
 from starling.ppo.actor_critic import reference_logprobs
 from starling.ppo.config import PpoSection
 from starling.ppo.kl import k1, sequence_kl
-from starling.ppo.rollout import Samples, sample_responses, score_responses
+from starling.ppo.rollout import Samples, sample_responses, sampling, score_responses
 
 
 @dataclass(frozen=True)
@@ -39,10 +39,6 @@ class Validation:
     kl: dict[str, Any]
     """Estimate of the sequence KL to the reference, in nats."""
     response_tokens: float
-
-    def as_dict(self) -> dict[str, Any]:
-        """For the checkpoint and the metrics."""
-        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -66,11 +62,7 @@ class Validator:
         """
         section, device = self.section, str(policy.device)
         samplings = [
-            Sampling(
-                section.max_response_tokens,
-                section.temperature,
-                derive_seed(self.seed, "ppo/validation", row),
-            )
+            sampling(section, derive_seed(self.seed, "ppo/validation", row))
             for row in range(len(self.prompts))
         ]
         samples = sample_responses(self.engine, self.codec, self.prompts, samplings, device=device)
@@ -81,12 +73,7 @@ class Validator:
         )
         kl = sequence_kl(k1(logprobs, ref_logprobs), mask)
         rated = self._rate(samples, step)
-        scores = score_responses(
-            self.reward_model,
-            samples,
-            missing_end_penalty=section.missing_end_penalty,
-            reward_clip=section.reward_clip,
-        )
+        scores = score_responses(self.reward_model, samples, section)
         rows = zip(samples.prompts, samples.texts, samples.is_finished, strict=True)
         write_records(
             self.out / "validation" / f"step-{step:06d}.jsonl",
@@ -161,7 +148,7 @@ class Selection:
     def state(self) -> dict[str, Any]:
         """Plain JSON for the checkpoint; `weights` is saved beside it."""
         return {
-            "validations": [validation.as_dict() for validation in self.validations],
+            "validations": [asdict(validation) for validation in self.validations],
             "best_step": None if self.best is None else self.best.step,
         }
 

@@ -9,6 +9,7 @@ Source: Ziegler et al. 2019, https://arxiv.org/abs/1909.08593.
 import contextlib
 import logging
 from collections import defaultdict
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -16,13 +17,11 @@ import torch
 from starling.base.context import Context
 from starling.base.errors import InputError
 from starling.base.masked import masked_sum
-from starling.base.progress import Progress
 from starling.base.seeding import derive_seed, permutation
 from starling.base.stage import Summary
 from starling.judging.build import build_judge
 from starling.judging.judge import Judge
 from starling.models.causal_lm import LanguageModel, load_language_model, save_model
-from starling.models.interfaces import Sampling
 from starling.models.reward_model import RewardModel
 from starling.models.torch_engine import TorchEngine
 from starling.models.training import Journal, Trainable, adamw, batch_indices, linear, warmup_then
@@ -33,7 +32,13 @@ from starling.ppo.kl import KlController, k1, k3, sequence_kl
 from starling.ppo.loss import policy_terms, value_terms
 from starling.ppo.monitor import rollout_metrics
 from starling.ppo.prompts import load_prompts
-from starling.ppo.rollout import Rollout, evaluate_rollout, sample_responses, score_responses
+from starling.ppo.rollout import (
+    Rollout,
+    evaluate_rollout,
+    sample_responses,
+    sampling,
+    score_responses,
+)
 from starling.ppo.select import Selection, Validator
 
 logger = logging.getLogger(__name__)
@@ -51,15 +56,12 @@ def run(section: PpoSection, inputs: PpoInputs, out: Path, context: Context) -> 
         start.model, stop_ids=start.codec.stop_ids, pad_id=start.codec.tokenizer.pad_id
     )
     prompts, validation_prompts = load_prompts(section, inputs, start.codec, out, seed=context.seed)
-    trainable = _trainable(section, actor_critic)
-
-    def order(epoch: int) -> list[int]:
-        return permutation(len(prompts), context.seed, "ppo/order", epoch)
-
+    schedule = warmup_then(linear(section.steps), section.warmup_steps)
+    trainable = adamw("actor_critic", actor_critic, section, schedule, eps=section.adam_eps)
+    every = section.checkpoint_every
     with (
         _judge(inputs, out, context) as judge,
-        Journal(out, trainable, context, every=section.checkpoint_every) as journal,
-        Progress("ppo", section.steps) as progress,
+        Journal(out, trainable, context, "ppo", section.steps, every) as journal,
     ):
         validator = Validator(
             validation_prompts,
@@ -82,31 +84,17 @@ def run(section: PpoSection, inputs: PpoInputs, out: Path, context: Context) -> 
         if not selection.validations:
             selection.add(validator.measure(start.model, 0), start.model, section)
         for step in range(snapshot.step, section.steps):
-            chosen = batch_indices(step, section.rollout_batch, order, len(prompts))
+            chosen = batch_indices(
+                step, section.rollout_batch, len(prompts), context.seed, "ppo/order"
+            )
             batch = [prompts[i] for i in chosen for _ in range(section.samples_per_prompt)]
             samplings = [
-                Sampling(
-                    section.max_response_tokens,
-                    section.temperature,
-                    derive_seed(context.seed, "ppo/rollout", step, row),
-                )
+                sampling(section, derive_seed(context.seed, "ppo/rollout", step, row))
                 for row in range(len(batch))
             ]
             samples = sample_responses(engine, start.codec, batch, samplings, device=context.device)
-            scores = score_responses(
-                reward_model,
-                samples,
-                missing_end_penalty=section.missing_end_penalty,
-                reward_clip=section.reward_clip,
-            )
-            rollout = evaluate_rollout(
-                actor_critic,
-                reference,
-                samples,
-                scores,
-                temperature=section.temperature,
-                microbatch=section.microbatch,
-            )
+            scores = score_responses(reward_model, samples, section)
+            rollout = evaluate_rollout(actor_critic, reference, samples, scores, section)
             kl = k1(rollout.old_logprobs, rollout.ref_logprobs)
             rewards = shape_rewards(scores, kl, rollout.response_mask, kl_coef=controller.coef)
             estimated = estimate_advantages(
@@ -130,8 +118,8 @@ def run(section: PpoSection, inputs: PpoInputs, out: Path, context: Context) -> 
             if (step + 1) % section.select_every == 0 or step + 1 == section.steps:
                 validation = validator.measure(start.model, step + 1)
                 metrics |= selection.add(validation, start.model, section)
-            journal.log(step + 1, metrics, seconds_key="ppo/seconds")
-            progress.update(step + 1, f"score {float(scores.mean()):.2f}  kl {measured:.2f}")
+            note = f"score {float(scores.mean()):.2f}  kl {measured:.2f}"
+            journal.log(step + 1, metrics, note)
             extra = selection.state() | {"kl_coef": controller.coef}
             journal.boundary(step + 1, extra, selection.weights)
     return _finish(section, start, selection, out)
@@ -224,21 +212,6 @@ def _judge(
     )
 
 
-def _trainable(section: PpoSection, actor_critic: ActorCritic) -> Trainable:
-    return Trainable(
-        {"actor_critic": actor_critic},
-        adamw(
-            actor_critic.parameters(),
-            lr=section.lr,
-            weight_decay=section.weight_decay,
-            eps=section.adam_eps,
-        ),
-        lr=section.lr,
-        schedule=warmup_then(linear(section.steps), section.warmup_steps),
-        max_grad_norm=section.max_grad_norm,
-    )
-
-
 def _finish(section: PpoSection, start: LanguageModel, selection: Selection, out: Path) -> Summary:
     """Save the selected checkpoint, or the last where none was eligible or nobody judged."""
     chosen = selection.best or selection.validations[-1]
@@ -256,7 +229,7 @@ def _finish(section: PpoSection, start: LanguageModel, selection: Selection, out
         "sequence_kl": chosen.kl,
         "kl_target": section.kl_target,
         "selected_step": chosen.step,
-        "validations": [validation.as_dict() for validation in selection.validations],
+        "validations": [asdict(validation) for validation in selection.validations],
     }
     before, after = selection.validations[0].rating, chosen.rating
     judged = ""

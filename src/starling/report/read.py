@@ -4,13 +4,12 @@ Gold on validation prompts is graded here, after the fact: training and selectio
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from starling.base.errors import DataError
 from starling.base.estimate import Estimate, bootstrap_mean
-from starling.base.jsonl import parse_json, read_json
+from starling.base.jsonl import iter_json, read_json
 from starling.base.strict_yaml import parse_yaml
 from starling.judging.rubric import Checks, grade
 from starling.manifest import read_manifest
@@ -20,8 +19,7 @@ BEFORE, AFTER = "sft", "ppo"
 """The names of the two policies in scores.json and answers.jsonl."""
 
 
-@dataclass(frozen=True)
-class ValidationPoint:
+class ValidationPoint(NamedTuple):
     """One validated policy; `kl` in nats per sequence, `score` normalised, `gold` in 0..1."""
 
     step: int
@@ -30,8 +28,7 @@ class ValidationPoint:
     gold: Estimate | None
 
 
-@dataclass(frozen=True)
-class Run:
+class Run(NamedTuple):
     """A run folder, read."""
 
     recipe: dict[str, Any]
@@ -72,9 +69,9 @@ class Run:
         best = self.best_gold
         if best is None:
             return None
-        later = [p for p in self.validations if p.step > best.step]
-        rising = [point for point in later if point.score.mean > best.score.mean]
-        return max(rising, key=lambda point: point.score.mean, default=None)
+        later = (point for point in self.validations if point.step > best.step)
+        highest = max(later, key=lambda point: point.score.mean, default=best)
+        return highest if highest.score.mean > best.score.mean else None
 
     @property
     def widest_position_table(self) -> dict[str, Any] | None:
@@ -90,8 +87,7 @@ class Run:
 
 def read_run(folder: Path) -> Run:
     """Read what is there. Raises DataError for a folder without a run, and for damaged files."""
-    present = any((folder / name).exists() for name in ("summary.json", "recipe.yaml", *STAGES))
-    if not present:
+    if not any((folder / name).exists() for name in ("summary.json", "recipe.yaml", *STAGES)):
         raise DataError(
             f"{folder} is no run folder: it holds no summary.json, no recipe.yaml and no stage. "
             "`starling demo` makes one in runs/demo."
@@ -126,16 +122,7 @@ def _json(path: Path) -> Any:
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
-    rows = []
-    lines = path.read_bytes().splitlines() if path.is_file() else []
-    for number, line in enumerate(lines, start=1):
-        try:
-            rows.append(parse_json(line))
-        except ValueError as error:
-            raise DataError(
-                f"{path}, line {number}: {error}. Run the stage again to have it made anew."
-            ) from error
-    return rows
+    return list(iter_json(path)) if path.is_file() else []
 
 
 def _stage_note(folder: Path, name: str) -> dict[str, Any]:

@@ -12,23 +12,13 @@ from torch import Tensor
 
 from starling.base.context import Context
 from starling.base.errors import DataError
-from starling.base.progress import Progress
-from starling.base.seeding import derive_seed, permutation
+from starling.base.seeding import derive_seed
 from starling.base.stage import Summary
 from starling.data.records import RankingRow
 from starling.data.rows import read_rows
 from starling.models.causal_lm import Batch, length_batches, padded_mask
 from starling.models.reward_model import RewardModel, sequence_scores
-from starling.models.training import (
-    Journal,
-    Schedule,
-    Trainable,
-    adamw,
-    batch_indices,
-    constant,
-    cosine,
-    warmup_then,
-)
+from starling.models.training import Journal, adamw, batch_indices, constant, cosine, warmup_then
 from starling.reward.config import RewardInputs, RewardSection
 from starling.reward.dataset import RankedRow, encode_rankings
 from starling.reward.evaluate import length_only_accuracy, pair_accuracy
@@ -48,26 +38,18 @@ def run(section: RewardSection, inputs: RewardInputs, out: Path, context: Contex
     reward_model = dataclasses.replace(reward_model, max_length=limit, truncate=section.truncate)
     rows = encode_rankings(rankings, reward_model, held_out=section.held_out, seed=context.seed)
     steps = max(1, section.epochs * len(rows.train) // section.batch)
-    trainable = Trainable(
-        {"model": reward_model.model},
-        adamw(reward_model.model.parameters(), lr=section.lr, weight_decay=section.weight_decay),
-        lr=section.lr,
-        schedule=_schedule(section, steps),
-        max_grad_norm=section.max_grad_norm,
-    )
-
-    def order(epoch: int) -> list[int]:
-        return permutation(len(rows.train), context.seed, "reward/order", epoch)
-
-    losses: list[float] = []
-    with (
-        Journal(out, trainable, context, every=section.checkpoint_every) as journal,
-        Progress("reward", steps) as progress,
-    ):
+    warmup_steps = round(section.warmup_share * steps)
+    decay = cosine(steps, warmup_steps) if section.schedule == "cosine" else constant
+    trainable = adamw("model", reward_model.model, section, warmup_then(decay, warmup_steps))
+    with Journal(
+        out, trainable, context, "reward", steps, every=section.checkpoint_every
+    ) as journal:
         snapshot = journal.resume()
-        losses = list(snapshot.state["extra"].get("losses", []))
+        losses: list[float] = snapshot.state["extra"].get("losses", [])
         for step in range(snapshot.step, steps):
-            chosen = batch_indices(step, section.batch, order, len(rows.train))
+            chosen = batch_indices(
+                step, section.batch, len(rows.train), context.seed, "reward/order"
+            )
             batch = [rows.train[i] for i in chosen]
             loss = ranking_loss(reward_model, batch).mean()
             if not torch.isfinite(loss):
@@ -79,8 +61,7 @@ def run(section: RewardSection, inputs: RewardInputs, out: Path, context: Contex
             grad_norm = trainable.step(step)
             losses = [*losses, loss.item()][-20:]
             metrics = {"reward/loss": loss.item(), "reward/grad_norm": grad_norm}
-            journal.log(step + 1, metrics, seconds_key="reward/seconds")
-            progress.update(step + 1, f"loss {loss.item():.3f}")
+            journal.log(step + 1, metrics, f"loss {loss.item():.3f}")
             journal.boundary(step + 1, {"losses": losses})
     trained = _normalised(reward_model, rows.held_out)
     trained.save(out / "model")
@@ -117,12 +98,6 @@ def ranking_loss(reward_model: RewardModel, rows: Sequence[RankedRow]) -> Tensor
         known = [UNRANKED if rank is None else rank for rank in row.ranks]
         ranks[number, : len(known)] = torch.tensor(known, device=flat.device)
     return plackett_luce_loss(scores, ranks, keep)
-
-
-def _schedule(section: RewardSection, steps: int) -> Schedule:
-    warmup_steps = round(section.warmup_share * steps)
-    decay = cosine(steps, warmup_steps) if section.schedule == "cosine" else constant
-    return warmup_then(decay, warmup_steps)
 
 
 def _scores(reward_model: RewardModel, rows: Sequence[RankedRow]) -> list[list[float]]:

@@ -218,10 +218,7 @@ class Chat:
             size = count_parameters(load_config(reference))
             logger.info("[%s: a model of %s parameters]", reference, f"{size:,}")
             loaded = load_language_model(
-                reference,
-                device=device,
-                dtype=self.dtype or "auto",
-                chat_format=self.chat_format,
+                reference, device=device, dtype=self.dtype or "auto", chat_format=self.chat_format
             )
             local = in_process(loaded, identity=reference)
         self._codec, self._context_length = local.codec, local.context_length

@@ -12,8 +12,7 @@ from starling.base.context import Context
 from starling.base.errors import DataError
 from starling.base.jsonl import read_records
 from starling.base.masked import masked_sum
-from starling.base.progress import Progress
-from starling.base.seeding import derive_seed, permutation
+from starling.base.seeding import derive_seed
 from starling.base.stage import Summary
 from starling.data.chat import ChatCodec, Encoded, written_text
 from starling.data.records import Conversation
@@ -29,7 +28,7 @@ from starling.models.causal_lm import (
     save_model,
     token_logprobs,
 )
-from starling.models.training import Journal, Trainable, adamw, batch_indices, cosine, warmup_then
+from starling.models.training import Journal, adamw, batch_indices, cosine, warmup_then
 from starling.sft.config import SftInputs, SftSection
 
 logger = logging.getLogger(__name__)
@@ -43,30 +42,14 @@ def run(section: SftSection, inputs: SftInputs, out: Path, context: Context) -> 
     language_model = _starting_model(section, inputs, conversations, context)
     model, codec = language_model.model, language_model.codec
     rows = _encode(conversations, codec, section)
-    trainable = Trainable(
-        {"model": model},
-        adamw(
-            model.parameters(),
-            lr=section.lr,
-            weight_decay=section.weight_decay,
-            beta2=section.adam_beta2,
-        ),
-        lr=section.lr,
-        schedule=warmup_then(cosine(section.steps, section.warmup_steps), section.warmup_steps),
-        max_grad_norm=section.max_grad_norm,
-    )
-
-    def order(epoch: int) -> list[int]:
-        return permutation(len(rows), context.seed, "sft/order", epoch)
-
-    with (
-        Journal(out, trainable, context, every=section.checkpoint_every) as journal,
-        Progress("sft", section.steps) as progress,
-    ):
+    schedule = warmup_then(cosine(section.steps, section.warmup_steps), section.warmup_steps)
+    trainable = adamw("model", model, section, schedule, beta2=section.adam_beta2)
+    every = section.checkpoint_every
+    with Journal(out, trainable, context, "sft", section.steps, every) as journal:
         snapshot = journal.resume()
         loss_value = float(snapshot.state["extra"].get("loss", 0.0))
         for step in range(snapshot.step, section.steps):
-            chosen = batch_indices(step, section.batch, order, len(rows))
+            chosen = batch_indices(step, section.batch, len(rows), context.seed, "sft/order")
             loss_value = accumulate(language_model, [rows[i] for i in chosen])
             if not math.isfinite(loss_value):
                 raise DataError(
@@ -75,10 +58,9 @@ def run(section: SftSection, inputs: SftInputs, out: Path, context: Context) -> 
                 )
             grad_norm = trainable.step(step)
             metrics = {"sft/loss": loss_value, "sft/grad_norm": grad_norm}
-            journal.log(step + 1, metrics, seconds_key="sft/seconds")
+            journal.log(step + 1, metrics, f"loss {loss_value:.3f}")
             if step + 1 in section.keep:
                 save_model(out / f"model-{step + 1}", model, codec)
-            progress.update(step + 1, f"loss {loss_value:.3f}")
             journal.boundary(step + 1, {"loss": loss_value})
     save_model(out / "model", model, codec)
     figures = {
