@@ -10,9 +10,10 @@ sent, finds each answer's true quality in it, and ranks by
 *opinion* is the judge's own error about an answer, the same in every call; *length* favours the
 longer answer; *noise* is new in every call.  *place* falls in a line from the first answer shown to
 the last, by PLACE in all; walking the pairs leaves WALKED of it, for it makes a judge look at every
-two answers.  *primacy* favours who is named early in the walk.  Ratings crowd at the top.  That a
-walk helps a judge, and how much, is planted here, after what Nectar's authors measured on GPT-4;
-what the strategies make of such a judge is what is shown.
+two answers.  Whether two answers shown alone suffer all of that, or a (K-1)th, as neighbours among
+K do, nobody has measured; pairwise has a row for each.  *primacy* favours who is named early in the
+walk.  Ratings crowd at the top.  That a walk helps a judge, and how much, is planted here, after
+what Nectar's authors measured on GPT-4; what the strategies make of such a judge is what is shown.
 
 Prints a table in Markdown; recorded in docs/judging.md.
 """
@@ -51,9 +52,12 @@ class SimulatedJudge:
     identity = "simulated"
     commits_together = False
 
-    def __init__(self, place: float = PLACE, length: float = LENGTH) -> None:
+    def __init__(
+        self, place: float = PLACE, length: float = LENGTH, *, is_per_step: bool = False
+    ) -> None:
         self._place = place
         self._length = length
+        self._is_per_step = is_per_step
 
     def respond(self, requests: Iterable[Request]) -> Iterator[Reply]:
         """Yield a reply per request, from its messages alone."""
@@ -75,7 +79,7 @@ class SimulatedJudge:
             yield Reply(request.id, text, "stop", Usage(len(task) // 4, len(text) // 4))
 
     def _ranking(self, labels: list[str], merits: list[float], walk: list[tuple[str, str]]) -> str:
-        last = len(labels) - 1
+        last = K - 1 if self._is_per_step else len(labels) - 1
         named = [label for pair in walk for label in pair]
         totals: dict[str, float] = {}
         for place, (label, merit) in enumerate(zip(labels, merits, strict=True)):
@@ -110,6 +114,7 @@ def _arranged(is_shuffled: bool, is_walked: bool) -> Strategy:
     return Strategy(ask, KWISE.conclude)
 
 
+PER_STEP = "pairwise, a sixth of the bias"
 STRATEGIES: dict[str, Callable[[], Strategy]] = {
     "kwise, not shuffled, no pairs": lambda: _arranged(False, False),
     "kwise, not shuffled": lambda: _arranged(False, True),
@@ -118,6 +123,7 @@ STRATEGIES: dict[str, Callable[[], Strategy]] = {
     "kwise-repeated, 3": lambda: choose_strategy("kwise-repeated", 3),
     "kwise-repeated, 7": lambda: choose_strategy("kwise-repeated", 7),
     "pairwise": lambda: choose_strategy("pairwise", 3),
+    PER_STEP: lambda: choose_strategy("pairwise", 3),
     "pointwise": lambda: choose_strategy("pointwise", 3),
 }
 
@@ -160,7 +166,7 @@ def measure(name: str, num_prompts: int, judge: SimulatedJudge | None = None) ->
     """Rank the same prompts by one strategy."""
     comparisons, truths = make_comparisons(num_prompts)
     asked = LlmJudge(
-        judge or SimulatedJudge(),
+        judge or SimulatedJudge(is_per_step=name == PER_STEP),
         seed=0,
         max_tokens=512,
         temperature=0.0,
@@ -231,12 +237,13 @@ def draw(outcomes: dict[str, Outcome], path: Path) -> None:
         for name, outcome in outcomes.items():
             color, marker = lines.get(name, (BLUE, "o"))
             right.plot(outcome.calls, outcome.accuracy, color=color, marker=marker)
-            below = name in ("kwise", "kwise, no pairs")
+            lowered = ("kwise", "kwise, no pairs", "kwise-repeated, 3", "pairwise", PER_STEP)
+            rise = -8 if name in lowered else 5
             at = (outcome.calls, outcome.accuracy)
-            right.annotate(name, at, (6, -9 if below else 3), textcoords="offset points")
+            right.annotate(name, at, (6, rise), textcoords="offset points")
         right.set(xscale="log", xlabel="calls a prompt", ylabel="pairs in their true order")
         right.margins(y=0.1)
-        right.set_xlim(0.8, 120)
+        right.set_xlim(0.8, 1500)
         right.set_xticks([1, 3, 7, 42], ["1", "3", "7", "42"])
         right.minorticks_off()
         figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)

@@ -1,5 +1,6 @@
 """What a user types and sees: exit codes, stdout and stderr, and how quickly."""
 
+import json
 import os
 import subprocess
 import sys
@@ -333,3 +334,42 @@ def test_messages_of_ours_go_to_stderr_and_chatter_of_others_nowhere(recipe, mon
     shown = capsys.readouterr()
     assert shown.err == "sft: made\n"
     assert "sft: made" not in shown.out
+
+
+@pytest.fixture
+def rankings(tmp_path, monkeypatch):
+    """A file of three rankings; the longer answer is always the better one."""
+    monkeypatch.chdir(tmp_path)
+    answers = [
+        {"answer": "word " * length, "model": f"m{length}", "rank": 4 - length}
+        for length in (1, 2, 3)
+    ]
+    rows = [
+        {"prompt": f"\n\nHuman: Question {n}\n\nAssistant: ", "answers": answers} for n in range(3)
+    ]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "rankings.jsonl").write_text(lines, encoding="utf-8")
+    return tmp_path
+
+
+def test_audit_says_what_decides_the_rankings_and_writes_its_tables(rankings, capsys):
+    assert cli.main(["audit", "rankings.jsonl"]) == 0
+    assert "The longer of two answers is the better ranked one in 100.0%" in capsys.readouterr().out
+    report = json.loads((rankings / "audit.json").read_text(encoding="utf-8"))
+    assert report["models"]["m3"]["mean_rank"]["mean"] == 1.0
+    assert sorted(path.name for path in rankings.iterdir()) == ["audit.json", "rankings.jsonl"]
+
+
+def test_pairs_and_nectar_copy_what_a_file_ranks(rankings, capsys):
+    assert cli.main(["pairs", "rankings.jsonl", "--kind", "adjacent"]) == 0
+    assert cli.main(["nectar", "rankings.jsonl", "two.jsonl", "--sample", "2"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said == ["6 pairs of 3 rankings -> pairs.jsonl", "2 rankings -> two.jsonl"]
+    assert len((rankings / "pairs.jsonl").read_text(encoding="utf-8").splitlines()) == 6
+    assert len((rankings / "two.jsonl").read_text(encoding="utf-8").splitlines()) == 2
+
+
+def test_a_file_that_is_not_there_is_told_in_one_line(rankings, capsys):
+    for verb in (["audit", "x.jsonl"], ["pairs", "x.jsonl"], ["nectar", "x.jsonl", "y.jsonl"]):
+        assert cli.main(verb) == 2
+        assert capsys.readouterr().err.startswith("error: there is no x.jsonl")

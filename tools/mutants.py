@@ -88,6 +88,55 @@ CHANGES = {
         ("weights=array - mean)", "weights=array)"),
         ("/ sizes[drawn].sum(axis=1)", "/ num_clusters"),
         ("if len(sizes) < 2:", "if False:"),
+        ("np.sqrt((deviations**2).sum())", "np.sqrt((deviations**2 / sizes).sum())"),
+        ("np.clip(mean + ends, lowest, highest).tolist()", "(mean + ends).tolist()"),
+        ("n=int(counts.sum()), num_failed=num_failed", "n=int(counts.sum())"),
+    ],
+    ("feedback/tallies.py", "tests/feedback/test_audit.py"): [
+        ("(one[0] > other[0]) ==", "(one[0] < other[0]) =="),
+        ("values.count(v) + 1) / 2", "values.count(v)) / 2"),
+        ("[] if agreement is None else [agreement]", "[agreement] if agreement else []"),
+        ("by=answer.finish_reason is not None", "by=True"),
+        ("                if answer.rank is None:", "                if False:"),
+        ('self.failed[*group, "good_natured"] += 1', "pass"),
+        ('self.failed[*table, "places", str(place), name] += 1', "pass"),
+        ('self.failed[*table, "way_to_last"] += 1', "pass"),
+        ("+= not values and len(line", "+= 0 and len(line"),
+        ("by=shares_of_win(ranks)[index]", "by=ranks[index] == 1"),
+        ("[(place - 1) / (len(ranks) - 1)]", "[place / len(ranks)]"),
+    ],
+    ("feedback/findings.py", "tests/feedback/test_audit.py"): [
+        ("UNREADABLE, SPOILED = 0.01, 0.1", "UNREADABLE, SPOILED = 0.5, 0.1"),
+        ("UNREADABLE, SPOILED = 0.01, 0.1", "UNREADABLE, SPOILED = 0.01, 0.9"),
+        ("LENGTH_DECIDES = 0.6", "LENGTH_DECIDES = 0.64"),
+        ("AGREEING = 0.5", "AGREEING = 0.3"),
+        ("TIED = 0.5", "TIED = 0.8"),
+        ("tied > TIED * pairs", "tied >= TIED * pairs"),
+        ("share > SPOILED,", "share >= SPOILED,"),
+        ('is_concern = (ranks[name]["high"] or mean) < mean', "is_concern = True"),
+        ('is_concern = (ranks[name]["high"] or mean) < mean', "is_concern = False"),
+        ("wins > 0 or not is_last", "wins > 0"),
+        ("wins > 0 or not is_last", "wins > 1 or not is_last"),
+        ('way["low"] > 0.5', 'way["mean"] > 0.5'),
+        ("1 - 0.05 ** (1 / n)", "0.05 ** (1 / n)"),
+        ("if missed > SPOILED", "if missed > 0"),
+        ('"logits" if kind == "logits" else strategy', "strategy"),
+        ('about.get("kind", about.get("judge"))', 'about.get("judge")'),
+        ("if of < given:", "if False:"),
+        ('": none seen, though the', '": none; the'),
+    ],
+    ("feedback/audit.py", "tests/feedback/test_audit.py"): [
+        (">= SMALLEST_EXPECTED * len(shares)", ">= SMALLEST_EXPECTED"),
+    ],
+    ("feedback/canaries.py", "tests/feedback/test_canaries.py"): [
+        (
+            "ranking.ranks.index(max(ranking.ranks))",
+            "ranking.ranks.index(min(ranking.ranks))",
+        ),
+    ],
+    ("feedback/candidates.py", "tests/feedback/test_feedback_candidates.py"): [
+        ("(?!help but", "(?!help and"),
+        ("recommend[^.,;!?", "recommend[^.;!?"),
     ],
     ("ppo/train.py", "tests/ppo/test_rollout_and_update.py"): [
         ("int(rollout.response_mask[minibatch].sum())", "len(minibatch)"),
@@ -116,6 +165,144 @@ CHANGES = {
     ("models/training.py", "tests/resume/test_kill_and_resume.py"): [
         ('self._metrics.cut_back(snapshot.state["metrics_offset"])', "pass"),
         ("step % self._every == 0 or stopping", "step % self._every == 0"),
+    ],
+    ("feedback/run.py", "tests/feedback/test_feedback_run.py"): [
+        ("left_by_a_kill.unlink()", "pass"),
+        ("if _model(each) == _model(judge)]", "if False]"),
+        ('return (section.url or "").rstrip("/"), section.model', 'return "", section.model'),
+        ("is_hopeless = len(failed) == len(batch) >= HOPELESS", "is_hopeless = False"),
+        (">= HOPELESS", ">= 1"),
+        ("range(min(size, FIRST_BATCH), len(prompts), size)", "range(size, len(prompts), size)"),
+        ("if most_places == 1:", "if False:"),
+        ("max(0, k - len(prompt.answers))", "answers"),
+        ("if k >= 2:", "if k >= 0:"),
+    ],
+    ("feedback/candidates.py", "tests/feedback/test_feedback_run.py"): [
+        ("len(prompt.answers) + before + index >=", "before + index >="),
+        ("len(prompt.answers) + before + index >=", "len(prompt.answers) + index >="),
+    ],
+    ("feedback/prompts.py", "tests/feedback/test_prompts_prepared.py"): [
+        ('rules.duplicates == "nectar"', "True"),
+        ("min(ngram, max(SHORTEST_RUN, len(normalised_words(turn))))", "ngram"),
+        ("max(SHORTEST_RUN, len(normalised_words(turn)))", "len(normalised_words(turn))"),
+        (
+            "least <= sum(map(len, _texts(each))) <= longest",
+            "least < sum(map(len, _texts(each))) <= longest",
+        ),
+        (
+            "taken[name] < most[name] for name in capped",
+            "taken[name] <= most[name] for name in capped",
+        ),
+        ("(len(first) + len(second) - shared)", "(len(first) + len(second))"),
+        ("for run in _runs(words, 3)}", "for run in _runs(words, 2)}"),
+        ('or {" ".join(words) or text}', 'or {" ".join(words)}'),
+        ("for index in sorted(drawn)]", "for index in drawn]"),
+        ("if named.setdefault(prompt.id, key) != key:", "if False:"),
+        ("prompt.checks])", "None])"),
+    ],
+    ("data/nectar.py", "tests/feedback/test_prompts_prepared.py"): [
+        ("_folded(each.content).split()", "each.content.split()"),
+        ('" ".join(_folded(each.content).split())', "_folded(each.content)"),
+    ],
+    ("data/nectar.py", "tests/data/test_nectar.py"): [
+        ('in "LMN"', 'in "LN"'),
+        (' and not "\\ufe00" <= character <= "\\ufe0f"', ""),
+        ("_folded(text)))) or text", "_folded(text))))"),
+        ("if split_nectar_prompt(text) == row.messages:", "if split_nectar_prompt(text):"),
+        ("            sink.truncate()\n", ""),
+        ("sample is not None and sample < 1", "False"),
+        ("target.suffix not in", "target.name in"),
+    ],
+    ("data/pairs.py", "tests/data/test_pairs.py"): [
+        ("low == high + 1", "low >= high + 1"),
+        ("high == 1)", "high <= 2)"),
+        ("num_ranked + 1 if rank is None", "0 if rank is None"),
+        ('f"pairs/{ranking.id}"', '"pairs"'),
+        ("per_prompt < 1", "per_prompt < 0"),
+    ],
+    ("data/records.py", "tests/data/test_records.py"): [
+        ("if type(value) is int else value", "if isinstance(value, int) else value"),
+    ],
+    ("reward/dataset.py", "tests/reward/test_reward_dataset.py"): [
+        ("keys = [dedup_key(ranking.messages) for", "keys = [ranking.id for"),
+        (
+            'order = permutation(len(prompts), seed, "reward/split", 0)',
+            "order = list(range(len(prompts)))",
+        ),
+    ],
+    ("base/spending.py", "tests/base/test_spending.py"): [
+        (">= self._max_usd", "> self._max_usd"),
+        ("tokens >= self._max_tokens", "tokens > self._max_tokens"),
+        ("prompt_tokens * price.input +", "prompt_tokens * price.output +"),
+    ],
+    ("judging/recorded.py", "tests/judging/test_recorded.py"): [
+        (
+            "self._charge(calls=1, prompt_tokens=read, response_tokens=written)",
+            "self._charge(calls=1)",
+        ),
+        (
+            "has_reply = isinstance(outcome, (Reply, Unusable))",
+            "has_reply = isinstance(outcome, Reply)",
+        ),
+        ("read and (written or isinstance(outcome, Unusable))", "read and written"),
+        ("read and (written or", "(written or"),
+        ("            return self._has_room()", "            return True"),
+        ("if not self._spending.open(", "if self._spending.open("),
+        ("[written.pop(outcome.request_id, 0) :]", "[:]"),
+        ("                elif self._has_room():", "                else:"),
+        ("        if self.watch is not None:\n            self.watch()\n", ""),
+    ],
+    ("judging/recorded.py", "tests/resume/test_kill_calls.py"): [
+        (
+            "                    self._ledger.write(sent=[call])\n"
+            "                    flying[call.request.id] = call\n"
+            "                    yield call.request\n",
+            "                    flying[call.request.id] = call\n"
+            "                    yield call.request\n"
+            "                    self._ledger.write(sent=[call])\n",
+        ),
+        (
+            "                self._ledger.write(ended=[Ended(call, outcome, failed)])\n"
+            "                self._charge_new(outcome, failed)\n"
+            "                yield from self._used_all(found)\n"
+            "                yield self._used(outcome, is_new=True)\n",
+            "                yield from self._used_all(found)\n"
+            "                yield self._used(outcome, is_new=True)\n"
+            "                self._ledger.write(ended=[Ended(call, outcome, failed)])\n"
+            "                self._charge_new(outcome, failed)\n",
+        ),
+    ],
+    ("judging/ledger.py", "tests/judging/test_recorded.py"): [
+        ('"failed" if usage is None', '"failed" if reply is None'),
+        ("written if reply else written or None", "written"),
+        ("SELECT sum(times), 0, 0, 0", "SELECT 0, 0, 0, 0"),
+        ("SELECT ?1, count(*) + 1, ?2", "SELECT ?1, 1, ?2"),
+        ("sum(attempts.prompt_tokens)", "0"),
+        ("DO UPDATE SET times = times + 1", "DO UPDATE SET times = times"),
+    ],
+    ("models/endpoint.py", "tests/models/test_endpoint_stream.py"): [
+        ("retries -= not outcome.asks_anew", "retries -= 1"),
+    ],
+    ("models/endpoint.py", "tests/models/test_endpoint.py"): [
+        ("failed.append(outcome.reason)", "failed.append(reason)"),
+        (
+            "if ask_leave is not None and not await ask_leave(outcome.reason):",
+            "if ask_leave is not None and await ask_leave(outcome.reason):",
+        ),
+        (
+            "                yield event.result()\n                num_running += send(1)\n",
+            "                num_running += send(1)\n                yield event.result()\n",
+        ),
+        (
+            "(openai.APIConnectionError, aiohttp.ClientError) as error",
+            "openai.APIConnectionError as error",
+        ),
+    ],
+    ("models/loop.py", "tests/models/test_endpoint.py"): [
+        (
+            "resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))",
+            "resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))",
+        ),
     ],
     ("data/template.py", "tests/data/test_template.py"): [
         ("if any(not message.content for message in messages):", "if False:"),
@@ -258,5 +445,51 @@ CHANGES = {
     ],
     ("models/torch_engine.py", "tests/models/test_torch_engine.py"): [
         ("self.cache.copy(len(self.rows), [slot], last.position)", "pass"),
+    ],
+    ("judging/kwise.py", "tests/judging/test_kwise.py"): [
+        ("order = tuple(rng.sample(range(k), k))", "order = tuple(range(k))"),
+        ("[ \\t]*[A-Z])+)[ \\t.!*_`]*$", "[ \\t]*[A-Z])+)"),
+        ("|[^\\w\\n>]*)", "|.*)"),
+        (" or _SENTENCE.search(text.lower())", ""),
+        ("(yes|no)\\b|[ .*]*$)", "(yes|no)?)"),
+        ("conversation(?!\\s*\\?)", "conversation"),
+        ("(?:^|[.:!])[^\\w\\n.:!]*this is", "this is"),
+    ],
+    ("judging/rating.py", "tests/judging/test_rating.py"): [
+        ("float(found[-1])", "float(found[0])"),
+        ("_DOUBLE.findall(text) or _SINGLE", "_SINGLE"),
+    ],
+    ("judging/strategies.py", "tests/judging/test_strategies.py"): [
+        ("order = start[by:] + start[:by]", "order = start"),
+        ("((one, other), (other, one))]", "((one, other), (one, other))]"),
+        ("if all(vote.ranks is not None for vote in pair)", "if any(v.ranks for v in pair)"),
+        ("return len(reached) == k", "return len(reached) > 1"),
+        ("if len(scores) < len(votes):", "if not scores:"),
+        ("-(-repeats // k) * k if repeats > k else repeats", "repeats"),
+        ("-(-repeats // k) * k if repeats > k else repeats", "-(-repeats // k) * k"),
+        (" and tied not in compared:", " and False:"),
+        (" and tied not in compared:", " and len(both) < k * (k - 1) // 2:"),
+    ],
+    ("base/rating.py", "tests/base/test_rating_maths.py"): [
+        ("if ranking[other] >= rank)", "if ranking[other] > rank or other == item)"),
+        ("expected = counts @ shares + prior * strengths", "expected = counts @ shares + prior"),
+        ("- m * ties", "- ties"),
+    ],
+    ("judging/llm_judge.py", "tests/judging/test_llm_judge.py"): [
+        ("if length + self._max_tokens <=", "if length <="),
+        ("own_words(outcome.text, question.messages[-1].content)", "outcome.text"),
+    ],
+    ("judging/fences.py", "tests/judging/test_fences.py"): [
+        ("{break_markers(text)}\\n", "{text}\\n"),
+        ('if found["quoted"] and', "if"),
+        (' and _SPACING.sub("", found[0]) in shown', ""),
+        ('_SPACING.sub("", found[0])', "found[0]"),
+        ("[^\\w\\n>]|", "[^\\w\\n]|"),
+        ("</?(?i:s|", "</?(?:s|"),
+    ],
+    ("judging/logits.py", "tests/judging/test_logits.py"): [
+        ("(*order[start:], *order[:start])", "(*order[:start], *order[start:])"),
+        ("batch.lengths - 1]", "batch.lengths - 2]"),
+        ("LOWEST + expected", "expected"),
     ],
 }

@@ -1,21 +1,23 @@
 """What a run would ask and what that could cost, before anything is asked: `--plan`.
 
-Prompts are prepared as the stage prepares them; nothing is written.  Tokens are estimated at four
-characters each, as Nectar's authors did, and costs are upper bounds: every answer and every verdict
-is taken to be as long as its limit.
+Prompts are prepared as the stage prepares them; nothing is written in the run folder.  Every answer
+and every verdict is taken to be as long as its limit, and every call to work at once.  Tokens are
+estimated at four characters each, as Nectar's authors did; Chinese, for one, has up to four times
+as many.
 """
 
-import tempfile
 from collections.abc import Iterator, Sequence
 from math import comb
 from pathlib import Path
 from typing import NamedTuple
 
+from starling.base.files import quarantine_elsewhere
 from starling.base.jsonl import read_records
 from starling.base.spending import Spending
 from starling.data.records import Prompt, Question
 from starling.feedback.config import MOST_ANSWERS, FeedbackInputs, FeedbackSection
 from starling.feedback.prompts import prepare_prompts
+from starling.judging import kwise
 from starling.judging.config import JudgeSection
 from starling.judging.strategies import num_calls
 from starling.models.config import EndpointSection
@@ -24,10 +26,10 @@ from starling.ppo.config import PpoSection
 from starling.recipe import Recipe
 
 CHARS_PER_TOKEN = 4
-PROTOCOL_TOKENS = 600
-"""The judge's instructions, fences included."""
-PAIR_TOKENS = 5
-"""A line of the walk through the pairs."""
+PROTOCOL_TOKENS = len(kwise.SYSTEM) // CHARS_PER_TOKEN + 100
+"""The judge's instructions, and what stands between the blocks."""
+BLOCK_TOKENS, PAIR_TOKENS = 16, 3
+"""The fences of an answer or a turn, and a line of the walk through the pairs."""
 
 
 class Calls(NamedTuple):
@@ -59,7 +61,8 @@ def make_plan(recipe: Recipe, folder: Path, out: Path, *, only: str | None = Non
             f"written: {'no price known' if cost is None else f'at most ${cost:,.2f}'}"
         )
     known = f"in all: {num_paid:,} calls to endpoints, at most ${total:,.2f}"
-    named = f" and what {', '.join(sorted(unpriced))} cost (run.prices names no price)"
+    priced = ", ".join(recipe.run.prices) or "no model"
+    named = f" and what {', '.join(sorted(unpriced))} cost (run.prices names {priced})"
     lines.append(known + (named if unpriced else ""))
     if recipe.run.max_usd is not None:
         lines.append(f"run.max_usd stops it at ${recipe.run.max_usd:,.2f}")
@@ -83,8 +86,8 @@ def _planned(recipe: Recipe, inputs: dict) -> Iterator[tuple[str, Calls]]:
 
 
 def _feedback(section: FeedbackSection, inputs: FeedbackInputs, *, seed: int) -> Iterator[Calls]:
-    with tempfile.TemporaryDirectory() as scratch:
-        prompts, _ = prepare_prompts(section, inputs, Path(scratch, "quarantine.jsonl"), seed=seed)
+    with quarantine_elsewhere() as quarantine:
+        prompts, _ = prepare_prompts(section, inputs, quarantine, seed=seed)
     read = sum(map(_prompt_tokens, prompts))
     for each in section.candidates:
         calls = len(prompts) * each.answers
@@ -99,13 +102,16 @@ def _rankings(judge: JudgeSection, section: FeedbackSection, prompts: Sequence[P
     for number, prompt in enumerate(prompts):
         answers = new_tokens + sum(_tokens(answer.answer) for answer in prompt.answers)
         k = min(new + len(prompt.answers), MOST_ANSWERS)
+        if k < 2:
+            continue
         # Canaries are drawn among the prompts; which ones makes no difference to an estimate.
         times = 2 if number < min(section.canaries, len(prompts) // 10) else 1
         each = times * num_calls(judge.strategy, judge.repeats, k)
         shown = {"pairwise": 2, "pointwise": 1}.get(judge.strategy, k)
-        fixed = PROTOCOL_TOKENS + _prompt_tokens(prompt) + PAIR_TOKENS * comb(shown, 2)
+        blocks = BLOCK_TOKENS * (len(prompt.messages) + shown)
+        fixed = PROTOCOL_TOKENS + blocks + _prompt_tokens(prompt) + PAIR_TOKENS * comb(shown, 2)
         calls += each
-        tokens += each * (fixed + answers * shown // max(k, 1))
+        tokens += each * (fixed + answers * shown // k)
     return _judging(judge, f"{judge.strategy} rankings", calls, tokens)
 
 
@@ -117,8 +123,8 @@ def _ppo(section: PpoSection, judge: JudgeSection) -> Iterator[Calls]:
 
 
 def _bench(path: Path, max_tokens: int, judge: JudgeSection) -> Iterator[Calls]:
-    with tempfile.TemporaryDirectory() as scratch:
-        questions = read_records(path, Question, quarantine=Path(scratch, "quarantine.jsonl"))
+    with quarantine_elsewhere() as quarantine:
+        questions = read_records(path, Question, quarantine=quarantine)
     turns = [turn for question in questions for turn in question.turns]
     # Before a later turn stand the earlier ones with their answers.
     tokens = len(turns) * (PROTOCOL_TOKENS + 2 * max_tokens) + 2 * sum(map(_tokens, turns))

@@ -119,13 +119,28 @@ def test_a_share_of_many_clusters_stays_between_nought_and_one():
     assert bootstrap_mean([1 - value for value in values], seed=0).high == 1.0
 
 
+@pytest.mark.parametrize("k", [3, 7])
+def test_rounding_takes_no_share_out_of_its_range(k):
+    for n in range(2, 40):
+        # One cluster of k values holds a 1: in some resamples none does, but for rounding.
+        sums, sizes = [1.0] + [0.0] * n, [k] * (n + 1)
+        values = [1.0] + [0.0] * (k * (n + 1) - 1)
+        clusters = [index // k for index in range(len(values))]
+        lows = mean_of_sums(sums, sizes, seed=0), bootstrap_mean(values, seed=0, clusters=clusters)
+        assert all(0 <= each.low < 1e-9 for each in lows)
+        sums, values = [k - each for each in sums], [1 - each for each in values]
+        highs = mean_of_sums(sums, sizes, seed=0), bootstrap_mean(values, seed=0, clusters=clusters)
+        assert all(1 - 1e-9 < each.high <= 1 for each in highs)
+
+
 @pytest.mark.parametrize("num_clusters", [2, 40, MOST_RESAMPLED + 1])
 def test_sums_by_cluster_give_what_the_values_themselves_give(num_clusters):
     values, clusters = ragged_clusters(num_clusters)
     expected = bootstrap_mean(values.tolist(), seed=3, clusters=clusters.tolist())
     sums, sizes = np.bincount(clusters, weights=values), np.bincount(clusters)
     found = mean_of_sums(sums.tolist(), sizes.tolist(), seed=3)
-    assert found.n == expected.n
+    assert (found.n, found.num_failed) == (expected.n, 0)
+    assert mean_of_sums(sums.tolist(), sizes.tolist(), seed=3, num_failed=2).num_failed == 2
     for end in ("mean", "low", "high"):
         assert getattr(found, end) == pytest.approx(getattr(expected, end))
 

@@ -55,7 +55,7 @@ def test_what_was_spent_since_leaves_out_what_was_spent_before():
     ("cap", "words"),
     [
         ({"max_usd": 0.0012}, "max_usd is $0.0012, and $0.0012 are spent"),
-        ({"max_calls": 3}, "max_calls is 3, and 3 calls were made"),
+        ({"max_calls": 3}, "max_calls is 3, and 3 calls have ended"),
         ({"max_tokens": 2100}, "max_tokens is 2,100, and 2,100 tokens were used"),
     ],
 )

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from starling.base.errors import DataError
+from starling.base.errors import DataError, InputError
 from starling.base.jsonl import write_records
 from starling.data.nectar import (
     convert,
@@ -150,6 +150,22 @@ def test_parquet_has_the_published_types_in_more_than_one_row_group(tmp_path, mo
         "good_natured": "bool",
     }
     assert [each["prompt"] for each in raw_rows(tmp_path / "n.parquet")] == [r.prompt for r in rows]
+
+
+@pytest.mark.parametrize(
+    ("name", "sample", "said"),
+    [
+        ("to.jsonl", 0, "a sample of 0 rankings is none"),
+        ("to.parquet", -5, "a sample of -5 rankings is none"),
+        ("to.json", 3, "use .jsonl or .parquet"),
+        ("to", None, "use .jsonl or .parquet"),
+        ("to.PARQUET", None, "use .jsonl or .parquet"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused_before_anything_is_read(tmp_path, name, sample, said):
+    with pytest.raises(InputError, match=said):
+        convert(tmp_path / "none.jsonl", tmp_path / name, sample=sample)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_bad_source_leaves_the_old_target(tmp_path):

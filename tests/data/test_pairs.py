@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from starling.base.errors import InputError
 from starling.data.pairs import choose_pairs, export_pairs
 
 SEVEN = [3, 1, 7, 2, 5, 4, 6]
@@ -95,6 +96,14 @@ def test_sampled_pairs_are_drawn_per_prompt_by_the_seed(tmp_path):
     chosen = {row["chosen"][0]["content"] + row["rejected"][0]["content"] for row in draws[0]}
     assert len(chosen) == 21, "every pair of the seven is drawn for some prompt"
     assert all(row["chosen"][0]["content"] < row["rejected"][0]["content"] for row in draws[0])
+
+
+@pytest.mark.parametrize("number", [0, -1])
+def test_fewer_than_one_pair_per_prompt_is_refused_before_anything_is_written(tmp_path, number):
+    source = write(tmp_path / "r.jsonl", 2)
+    with pytest.raises(InputError, match=f"{number} pairs per prompt are none"):
+        export_pairs(source, tmp_path / "p.jsonl", kind="sampled", per_prompt=number)
+    assert not (tmp_path / "p.jsonl").exists()
 
 
 @pytest.mark.real_data

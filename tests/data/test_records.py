@@ -1,5 +1,7 @@
 """What a row of a data file may hold, and how its ranks are read."""
 
+import json
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -221,3 +223,17 @@ def test_a_conversation_needs_its_messages_whatever_prompt_column_it_has():
     assert Conversation.model_validate({"messages": turns(USER, ASSISTANT), "prompt": 3})
     with pytest.raises(ValidationError, match="messages is empty or missing"):
         Conversation.model_validate({"prompt": NECTAR})
+
+
+@pytest.mark.parametrize("record", [Prompt, RankingRow, Conversation, Question])
+def test_a_whole_number_is_an_id_and_becomes_text(record):
+    fields = {"answers": answers(1, 2), "category": "c", "turns": ["one"]}
+    fields["messages"] = turns(USER, ASSISTANT) if record is Conversation else turns(USER)
+    if record is not Question:
+        fields.pop("turns")
+    for id, kept in ((81, "81"), (0, "0"), ("81", "81")):
+        row = json.dumps({**fields, "id": id})
+        assert record.model_validate_json(row).id == kept
+    for id in (1.5, True, ["x"]):
+        with pytest.raises(ValidationError, match="id"):
+            record.model_validate_json(json.dumps({**fields, "id": id}))

@@ -85,7 +85,8 @@ DROPPED = {
         "the reply was cut after 2048 tokens",
     ),
 }
-NO_REPLY = list(DROPPED)[:8]
+NO_REPLY = list(DROPPED)[:5]
+"""The rest was answered, and is paid for."""
 
 
 class Scene:
@@ -230,7 +231,7 @@ def test_too_many_failures_end_the_run_and_the_next_asks_only_those(scene, capsy
     said = capsys.readouterr()
     assert said.out == ""
     assert "Traceback" not in said.err
-    assert re.search(r"8 of 24 prompts ended without a ranking.*at most 0\.05 ", said.err)
+    assert re.search(r"5 of 24 prompts ended without a ranking.*at most 0\.05 ", said.err)
     assert "feedback.allowed_failures" in said.err
     assert "run the same command again" in said.err
     assert not (scene.stage("healed") / "rankings.jsonl").exists()
@@ -245,14 +246,14 @@ def test_too_many_failures_end_the_run_and_the_next_asks_only_those(scene, capsy
         assert after.read_bytes() == clean.read_bytes()
 
 
-def test_a_reply_that_cannot_be_read_is_not_bought_again(scene):
+def test_a_reply_that_cannot_be_used_or_read_is_not_bought_again(scene):
     unread = [number for number in range(len(DROPPED)) if number >= len(NO_REPLY)]
     scene.play(lambda n, turn, text: stubborn(n, turn, text) if n in unread else text)
     assert scene.run("unread") == 2
     scene.play(upright)
     assert scene.run("unread") == 2
     assert scene.judged == []
-    assert scene.run("unread", allowed=0.25) == 0
+    assert scene.run("unread", allowed=0.35) == 0
     assert scene.judged == []
     assert sorted(set(scene.ids) - set(scene.ranked("unread"))) == sorted(
         scene.ids[number] for number in unread

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from collections import defaultdict
 from itertools import combinations
 
@@ -85,15 +86,6 @@ def test_places_are_scipys_average_ranks_with_the_unranked_last(ranks):
 
 def test_tied_winners_share_the_win():
     assert shares_of_win([1, 1, 2, None]) == [0.5, 0.5, 0.0, 0.0]
-
-
-@given(questions=st.integers(1, 40), wins=st.integers(0, 40), k=st.integers(2, 9))
-def test_the_chance_of_wins_is_the_binomial_tail(questions, wins, k):
-    wins = min(wins, questions)
-    ranks = [[1, *[2] * (k - 1)]] * wins + [[2, 1, *[3] * (k - 2)]] * (questions - wins)
-    report = audit(some_rows(), [canary("kind", each) for each in ranks])
-    expected = stats.binom.sf(wins - 1, questions, 1 / k)
-    assert report["canaries"]["kind"]["chance"] == pytest.approx(expected)
 
 
 @given(first=st.permutations(range(1, 6)), second=st.permutations(range(1, 6)))
@@ -200,7 +192,17 @@ def test_an_unranked_answer_is_worse_than_a_ranked_one_and_not_tied_with_another
         {"mean": 1.0, "low": None, "high": None, "n": 2, "num_failed": 0}
     )
     assert report["pairs"] == {"ordered": 2, "tied": 0}
-    assert report["models"]["m1"]["mean_rank"]["mean"] == 2.5
+    # They won nothing, which is known; their place among those after the ranked ones is not.
+    assert "mean_rank" not in report["models"]["m1"]
+    assert report["models"]["m1"]["win_share"]["mean"] == 0.0
+    assert "m1" in as_text(report)
+    more = row("b", ["www", "xx"], [2.0, 1.0], good_natured=True)
+    unranked = row("c", ["www", "xx", "y"], [None, 1.0, 2.0], good_natured=True)
+    models = audit([row("a", ["www", "xx", "y"], [1.0, None, None]), more, unranked])["models"]
+    means = [models["m0"][name] for name in ("mean_rank", "mean_rank_good_natured", "win_share")]
+    assert [(each["n"], each["num_failed"]) for each in means] == [(2, 1), (1, 1), (3, 0)]
+    assert [models["m1"]["mean_rank"][name] for name in ("n", "num_failed")] == [2, 1]
+    assert models["m0"]["mean_rank"]["mean"] == 1.5
 
 
 def test_a_fifth_of_length_is_among_the_answers_of_one_prompt():
@@ -296,6 +298,7 @@ def test_good_nature_is_of_those_that_were_told():
     report = audit(rows)
     assert report["all"]["good_natured"]["mean"] == pytest.approx(2 / 3)
     assert report["all"]["good_natured"]["n"] == 3
+    assert report["all"]["good_natured"]["num_failed"] == 1
     assert "of 3 conversations" in only(report, "good-natured")["sentence"]
 
 
@@ -350,16 +353,65 @@ def test_agreement_is_that_of_the_votes_and_low_agreement_is_of_concern():
     assert not findings(audit(some_rows(), [line("a", vote([0, 1], [1, 2]))]), "agreement")
 
 
-def test_a_judge_of_logits_is_not_told_to_ask_in_a_way_that_its_recipe_refuses():
+@pytest.mark.parametrize(
+    ("about", "position", "agreement"),
+    [
+        ({"judge": "gpt"}, "judge.strategy kwise-repeated or pairwise", "a stronger judge"),
+        ({"judge": "gpt", "strategy": "kwise-repeated"}, "judge.repeats", "judge.repeats"),
+        ({"judge": "gpt", "strategy": "pairwise"}, "a stronger judge", "a stronger judge"),
+        ({"judge": "logits", "strategy": "kwise"}, "cancels", "cancels"),
+        ({"judge": "x", "kind": "logits", "strategy": "kwise"}, "cancels", "cancels"),
+        (
+            {"judge": "logits", "kind": "endpoint", "strategy": "pairwise"},
+            "a stronger judge",
+            "a stronger judge",
+        ),
+    ],
+)
+def test_no_judge_is_told_to_do_what_it_does_or_what_its_recipe_refuses(about, position, agreement):
     lines = [line(str(n), vote([0, 1], [1, 2]), vote([1, 0], [1, 2])) for n in range(100)]
-    for judge, told in (("gpt", True), ("logits", False)):
-        report = audit(some_rows(), [{"judge": judge, "own": []}, *lines])
-        position, agreement = only(report, "position"), only(report, "agreement")
-        assert position["is_concern"]
-        assert agreement["is_concern"]
-        assert ("judge.strategy" in position["advice"]) is told
-        assert ("judge.repeats" in agreement["advice"]) is told
-        assert ("cancels" in position["advice"]) is ("cancels" in agreement["advice"]) is not told
+    lines += [line(str(n), outcome="unparsed", reason="?") for n in range(100)]
+    report = audit(some_rows(), [about | {"own": []}, *lines])
+    told = {name: only(report, name) for name in ("position", "agreement", "unparsed")}
+    assert all(each["is_concern"] for each in told.values())
+    assert position in told["position"]["advice"]
+    assert agreement in told["agreement"]["advice"]
+    is_logits = position == "cancels"
+    assert ("max_tokens" in told["unparsed"]["advice"]) is not is_logits
+    options = {"kwise": {"strategy"}, "kwise-repeated": {"repeats"}, "pairwise": set()}
+    fit = set() if is_logits else options[about.get("strategy", "kwise")]
+    for name in ("position", "agreement"):
+        assert set(re.findall(r"judge\.(\w+)", told[name]["advice"])) <= fit
+
+
+def test_agreement_that_is_none_counts_and_votes_that_cannot_be_compared_are_failures():
+    both = [vote([0, 1], [1, 2]), vote([1, 0], [1, 2])]
+    lines = [line("a", *both, agreement=0.0), line("b", *both, agreement=1.0)]
+    lines.append(line("c", both[0], vote([1, 0], None), outcome="unparsed", reason="?"))
+    judge = audit(some_rows(), [*lines, line("d", both[0])])["judge"]
+    assert [judge["kendall_w"][name] for name in ("mean", "n", "num_failed")] == [0.5, 2, 1]
+    assert [judge["kendall_tau"][name] for name in ("mean", "n", "num_failed")] == [-1.0, 2, 1]
+
+
+def test_votes_that_could_not_be_read_are_failures_of_their_places():
+    read = line("a", vote([0, 1], [1, 2]), vote([1, 2, 0], [1, 2, 3]))
+    unread = line("b", vote([0, 1], None), vote([1, 0], None), outcome="unparsed", reason="?")
+    positions = audit(some_rows(), [read, unread])["positions"]
+    assert positions["2"]["verdicts"] == 1
+    for place in positions["2"]["places"].values():
+        assert [place[name]["num_failed"] for name in ("winner_share", "mean_rank")] == [2, 2]
+    assert [each["winner_share"]["num_failed"] for each in positions["3"]["places"].values()] == [
+        0, 0, 0,
+    ]  # fmt: skip
+
+
+def test_ratings_have_no_place_and_no_word_about_one():
+    rated = [{"presented": [n], "score": 7.0, "text": ""} for n in range(2)]
+    lines = [{"judge": "x", "strategy": "pointwise", "own": []}, line("a", *rated)]
+    report = audit(some_rows(), lines)
+    assert "positions" not in report
+    assert not findings(report, "position")
+    assert not findings(report, "agreement")
 
 
 def test_the_share_of_the_shorter_is_its_own_where_its_spread_is_unknown():
@@ -369,22 +421,175 @@ def test_the_share_of_the_shorter_is_its_own_where_its_spread_is_unknown():
     )
 
 
-def test_a_canary_that_wins_more_than_by_chance_is_of_concern():
-    lines = [line("r0", vote([0, 1], [1, 2]))]
-    lines += [canary("fooled", [1, 2, 3])] * 6 + [canary("fooled", [2, 3, 1])] * 3
-    lines += [canary("seen through", [3, 1, 2])] * 8 + [canary("seen through", [1, 2, 3])]
-    lines += [{"canary": "seen through", "id": "b", "index": 0, "reason": "?", "votes": []}]
-    report = audit(some_rows(), lines)
-    fooled, other = report["canaries"]["fooled"], report["canaries"]["seen through"]
-    assert (fooled["questions"], fooled["wins"], fooled["wins_by_chance"]) == (9, 6, 3)
-    assert fooled["mean_rank"]["mean"] == pytest.approx(12 / 9)
-    assert fooled["rank_by_chance"]["mean"] == 2
-    # P(X >= 7 of 9 at 1/3) is 0.0083, P(X >= 6) 0.042.
-    assert fooled["chance"] == pytest.approx(0.0424, abs=1e-3)
-    assert (other["questions"], other["wins"], other["unparsed"]) == (9, 1, 1)
-    assert [each["is_concern"] for each in findings(report, "canary")] == [False, False]
-    report = audit(some_rows(), [*lines, *[canary("fooled", [1, 2, 3])] * 3])
-    assert [each["is_concern"] for each in findings(report, "canary")] == [True, False]
+def cheated(*lines):
+    report = audit(some_rows(), [line("r0", vote([0, 1], [1, 2])), *lines])
+    return report, only(report, "canary")
+
+
+def test_any_win_of_a_cheating_answer_is_of_concern_and_its_kind_is_named():
+    lost = [canary("seen through", [3, 1, 2])] * 60
+    report, finding = cheated(*lost, canary("fooled", [1, 2, 3]), canary("fooled", [3, 1, 2]))
+    assert finding["is_concern"]
+    assert "Of 62 answers that cheat, 1 won ('fooled' 1 of 2)." in finding["sentence"]
+    assert "stronger" in finding["advice"]
+    assert (report["canaries"]["fooled"]["wins"], report["canaries"]["fooled"]["questions"]) == (
+        1,
+        2,
+    )
+    # A win that is shared with one other is half of one.
+    report, finding = cheated(*lost, canary("fooled", [1, 1, 2]))
+    assert finding["is_concern"]
+    assert "0.5 won ('fooled' 0.5 of 1)" in finding["sentence"]
+    assert report["all_canaries"]["wins"] == 0.5
+
+
+def test_cheating_answers_that_all_come_last_are_no_concern_but_what_could_be_missed_is_said():
+    # 0.05 ** (1 / 28) is 0.8985, 0.05 ** (1 / 29) is 0.9019: 10 % can be missed up to 28.
+    _, finding = cheated(*[canary("k", [3, 1, 2])] * 29)
+    assert not finding["is_concern"]
+    assert "Of 29 answers that cheat, 0 won." in finding["sentence"]
+    assert "lets 10% of them win could still be missed (95 %)." in finding["sentence"]
+    assert "at 1.00." in finding["sentence"]
+    for few in (28, 1):
+        _, finding = cheated(*[canary("k", [3, 1, 2])] * few)
+        assert not finding["is_concern"]
+        assert "too few were asked" in finding["sentence"]
+    assert "lets 95% of them" in finding["sentence"]
+
+
+def test_cheating_answers_in_the_middle_are_of_concern_though_none_wins():
+    # Second of three is half of the way; so is second and last of four, in the mean, not surely.
+    assert cheated(*[canary("k", [2, 1, 3])] * 30)[1]["is_concern"]
+    doubtful = [canary("k", [2, 1, 3, 4]), canary("k", [4, 1, 2, 3])] * 3
+    report, finding = cheated(*doubtful)
+    assert report["all_canaries"]["way_to_last"]["mean"] == pytest.approx(2 / 3)
+    assert finding["is_concern"]
+    assert not cheated(*doubtful * 10)[1]["is_concern"]
+    # Third of four is two thirds of the way.
+    assert not cheated(*[canary("k", [3, 1, 2, 4])] * 30)[1]["is_concern"]
+
+
+def test_unread_questions_with_a_cheating_answer_are_counted_as_failures():
+    unread = {"canary": "k", "id": "b", "index": 0, "reason": "?", "votes": []}
+    report, finding = cheated(canary("k", [3, 1, 2]), unread, unread)
+    for table in (report["all_canaries"], report["canaries"]["k"]):
+        assert (table["questions"], table["unparsed"]) == (1, 2)
+        assert [table["way_to_last"][name] for name in ("mean", "n", "num_failed")] == [1.0, 1, 2]
+    assert "2 more got no ranking that could be read" in finding["sentence"]
+    _, finding = cheated(unread)
+    assert "Of 0 answers that cheat, 0 won. 1 more got" in finding["sentence"]
+    assert not finding["is_concern"]
+
+
+def unread_prompts(share):
+    """One in a thousand is a tenth of what is allowed."""
+    bad = int(share * 1000)
+    lines = [line(str(n), vote([0, 1], [1, 2])) for n in range(1000 - bad)]
+    return lines + [line(str(n), outcome="unparsed", reason="?") for n in range(bad)]
+
+
+@pytest.mark.parametrize(("share", "expected"), [(0.014, False), (0.022, True)])
+def test_unread_verdicts_are_of_concern_where_surely_more_than_one_in_a_hundred(share, expected):
+    # Two standard errors of 0.014 of 1000 are 0.0074, of 0.022 they are 0.0093.
+    report = audit(some_rows(), unread_prompts(share))
+    assert only(report, "unparsed")["is_concern"] is expected
+
+
+@pytest.mark.parametrize(("share", "expected"), [(0.62, False), (0.65, True)])
+def test_length_is_of_concern_where_it_surely_decides_six_pairs_of_ten(share, expected):
+    # Two standard errors of 1000 pairs are 0.03.
+    ranks = [[2.0, 1.0] if n < share * 1000 else [1.0, 2.0] for n in range(1000)]
+    report = audit([row(str(n), ["x", "yy"], each) for n, each in enumerate(ranks)])
+    assert only(report, "length")["is_concern"] is expected
+
+
+@pytest.mark.parametrize(("swaps", "tau"), [(3, 0.4), (2, 0.6)])
+def test_agreement_is_of_concern_below_a_half(swaps, tau):
+    # Of ten pairs, each that is turned takes 0.2.
+    other = {2: [3, 1, 2, 4, 5], 3: [4, 1, 2, 3, 5]}[swaps]
+    votes = [vote(list(range(5)), [1, 2, 3, 4, 5]), vote(list(range(5)), other)]
+    report = audit(some_rows(), [line(str(n), *votes) for n in range(40)])
+    assert report["judge"]["kendall_tau"]["mean"] == pytest.approx(tau)
+    assert only(report, "agreement")["is_concern"] is (tau < 0.5)
+
+
+@pytest.mark.parametrize(("total", "expected"), [(20, False), (18, True)])
+def test_more_than_one_answer_in_ten_refused_or_cut_is_of_concern(total, expected):
+    def report(texts, reasons):
+        rows = []
+        for n in range(0, total, 2):
+            one, other = (
+                RankedAnswer(answer=texts[i], model="m", rank=i % 2 + 1.0, finish_reason=reasons[i])
+                for i in (n, n + 1)
+            )
+            rows.append(row(str(n), ["x", "y"], [1.0, 2.0]))
+            rows[-1] = rows[-1].model_copy(update={"answers": (one, other)})
+        return audit(rows)
+
+    fine, plain = ["stop"] * total, [f"It is {n}." for n in range(total)]
+    refused = only(report(["I must decline."] * 2 + plain[2:], fine), "refused")
+    cut = only(report(plain, ["length"] * 2 + fine[2:]), "truncated")
+    assert [each["is_concern"] for each in (refused, cut)] == [expected] * 2
+    assert f"2 of {total} answers" in refused["sentence"]
+
+
+def test_answers_that_do_not_say_how_they_ended_are_not_called_whole():
+    def truncated(*reasons):
+        rows = [
+            row(f"r{n}", ["x", "y"], [1.0, 2.0], finish_reason=reason)
+            for n, reason in enumerate(reasons)
+        ]
+        return only(audit(rows), "truncated")
+
+    assert truncated("stop")["sentence"] == "0 of 2 answers (0.0%) were cut by their limit."
+    unknown = truncated(None, None)
+    assert (
+        unknown["sentence"] == "Whether answers were cut is not known; 4 do not say how they ended."
+    )
+    assert not unknown["is_concern"]
+    # One in nine rows that say it; of all rows it is one in twelve.
+    some = truncated("length", *["stop"] * 8, *[None] * 3)
+    assert some["is_concern"]
+    assert some["sentence"] == (
+        "2 of 18 answers (11.1%) were cut by their limit; 6 do not say how they ended."
+    )
+
+
+@pytest.mark.parametrize(("tied", "expected"), [(2, False), (3, True)])
+def test_ties_are_of_concern_where_they_are_more_than_half_of_the_pairs(tied, expected):
+    rows = [row(f"r{n}", ["x", "y"], [1.0, 1.0 if n < tied else 2.0]) for n in range(4)]
+    finding = only(audit(rows), "ties")
+    assert finding["is_concern"] is expected
+    assert f"{tied} of 4 pairs of answers ({tied / 4:.1%}) are ties." == finding["sentence"]
+    assert "ties" not in only(audit(rows), "duplicates")["sentence"]
+    about = {"judge": "x", "strategy": "pointwise", "own": []}
+    assert ("strategy kwise" in only(audit(rows, [about]), "ties")["advice"]) is expected
+    assert "strategy" not in only(audit(rows, [about | {"strategy": "kwise"}]), "ties")["advice"]
+
+
+@pytest.mark.parametrize(("wins", "expected"), [(55, False), (70, True)])
+def test_a_judges_own_answers_are_of_concern_only_where_they_surely_rank_higher(wins, expected):
+    ranks = [[1.0, 2.0] if n < wins else [2.0, 1.0] for n in range(100)]
+    rows = [row(str(n), ["x", "y"], each, models="pq") for n, each in enumerate(ranks)]
+    assert only(audit(rows, [{"own": ["p"]}]), "own answers")["is_concern"] is expected
+    assert not only(audit(rows, [{"own": ["q"]}]), "own answers")["is_concern"]
+
+
+def test_where_no_preference_is_seen_what_could_be_missed_is_said():
+    ranks = [[1, 2] if n % 2 else [2, 1] for n in range(40)]
+    report = audit(some_rows(), [line(str(n), vote([0, 1], each)) for n, each in enumerate(ranks)])
+    finding = only(report, "position")
+    assert not finding["is_concern"]
+    share = report["positions"]["2"]["places"]["1"]["winner_share"]
+    assert f"50.0% [{share['low']:.1%} to {share['high']:.1%}]" in finding["sentence"]
+    assert "none seen, though the interval leaves room for one." in finding["sentence"]
+
+
+def test_shares_stay_within_nought_and_one():
+    for n in range(3, 30):
+        lines = [line(str(i), vote([0, 1, 2], [1, 2, 3] if i else [2, 1, 3])) for i in range(n)]
+        for place in audit(some_rows(), lines)["positions"]["3"]["places"].values():
+            assert 0 <= place["winner_share"]["low"] <= place["winner_share"]["high"] <= 1
 
 
 def test_rankings_alone_say_what_cannot_be_known_from_them():

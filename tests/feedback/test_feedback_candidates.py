@@ -82,11 +82,15 @@ def test_a_failed_call_leaves_one_answer_less_and_its_reason(tmp_path):
 
 
 def test_more_answers_than_there_are_letters_are_dropped_from_the_end(tmp_path):
-    kept = [f"k{n}" for n in range(25)]
-    said = {"p/a/0": "a0", "p/a/1": "a1", "p/a/2": "k3"}
-    [found] = gather(tmp_path, [prompt(*kept)], [("a", 3)], said)
-    assert texts(found) == [*kept, "a0"]
-    assert (found.num_merged, found.num_dropped) == (1, 1)
+    kept = [f"k{n}" for n in range(28)]
+    said = {"p/a/0": "a0", "p/a/1": "a1", "p/b/0": "b0"}
+    candidates = [("a", 2), ("b", 1)]
+    [found] = gather(tmp_path, [prompt(*kept)], candidates, said)
+    assert texts(found) == kept[:26]
+    assert (found.num_merged, found.num_dropped) == (0, 2)
+    [found] = gather(tmp_path, [prompt(*kept[:25])], candidates, said)
+    assert texts(found) == [*kept[:25], "a0"]
+    assert (found.num_merged, found.num_dropped) == (0, 0)
 
 
 def test_every_candidate_decodes_by_its_own_settings(tmp_path):
@@ -135,6 +139,9 @@ def test_endpoints_are_asked_at_the_same_time_each_in_its_own_thread(tmp_path, m
         "Unfortunately, I'm unable to comply with this.",
         "I apologize, but I cannot recommend anything illegal. Instead ...",
         '"Sorry, we won\'t discuss it."',
+        "I must decline.",
+        "I'm sorry, but I will have to respectfully decline that.",
+        "I cannot recommend that, as it is not safe enough.",
     ],
 )
 def test_a_refusal_is_known_by_how_it_begins(text):
@@ -147,6 +154,10 @@ def test_a_refusal_is_known_by_how_it_begins(text):
         "Paris.",
         "I'm sorry to hear about your cat. Here is what may help: ...",
         "I can't believe it! What great news.",
+        "I cannot recommend this restaurant enough!",
+        "I can't highly recommend it enough. Go there.",
+        "I can't help but smile.",
+        "I must say, few decline it.",
         "As an AI, I have no favourite colour, but many people like blue.",
         "Sure. " + "x" * 200 + " I cannot help with that.",
         "To cancel, write: 'I cannot attend the meeting.'",

@@ -4,6 +4,7 @@ import json
 import os
 import re
 from collections import Counter
+from itertools import groupby
 
 import pytest
 from fake_server import FakeServer, Say, completion, error
@@ -15,6 +16,7 @@ from starling.base.errors import DataError, Stopped
 from starling.base.jsonl import read_records
 from starling.data.records import Message, RankingRow
 from starling.feedback.config import Candidate, FeedbackInputs, FeedbackSection
+from starling.feedback.run import _about as about_line
 from starling.feedback.run import run
 from starling.judging.config import JudgeSection
 from starling.models import endpoint as endpoint_module
@@ -276,6 +278,88 @@ def test_a_judge_that_never_answers_is_not_asked_to_the_end(tmp_path):
         assert sum(call["model"] == "judge" for call in server.calls) == 2
 
 
+@pytest.mark.parametrize(
+    ("allowed", "num_rows", "num_judged", "said"),
+    [
+        # The first round is of 64, whatever the others are; none of it has a ranking.
+        (0.9, 200, 64, "64 of 200 prompts .* not one of the last 64 has one"),
+        (0.1, 200, 64, "64 of 200 prompts"),
+        (0.9, 16, 16, "16 of 16 prompts .* not one of the last 16"),
+    ],
+)
+def test_a_judge_that_never_answers_is_asked_64_times(
+    tmp_path, allowed, num_rows, num_judged, said
+):
+    def script(body, n):
+        return error(400, "too long") if body["model"] == "judge" else answer(body, n)
+
+    fields = {"rows": prompt_rows(num_rows), "batch": None, "allowed_failures": allowed}
+    with FakeServer(script) as server:
+        with pytest.raises(DataError, match=said):
+            stage(server.url, tmp_path, candidates=(("good", 1), ("bad", 1)), **fields)
+        models = Counter(call["model"] for call in server.calls)
+    assert models == dict.fromkeys(("good", "bad", "judge"), num_judged)
+
+
+def test_a_small_round_without_a_ranking_ends_nothing_while_so_many_may_fail(tmp_path):
+    def script(body, n):
+        asked = body["messages"][-1]["content"]
+        is_dead = body["model"] == "judge" and not re.search(r"question 1[5-9]", asked)
+        return error(400, "too long") if is_dead else answer(body, n)
+
+    with FakeServer(script) as server:
+        rows = prompt_rows(20)
+        summary = stage(server.url, tmp_path, rows=rows, batch=15, allowed_failures=0.8)
+    assert summary.figures["rankings"] == 5
+
+
+def test_later_rounds_are_as_large_as_the_recipe_says(tmp_path):
+    """Nothing of the third round is asked before the second, of 100, has been judged."""
+    with FakeServer(answer) as server:
+        rows = [row | {"answers": [{"answer": "No.", "model": "x"}]} for row in prompt_rows(170)]
+        stage(server.url, tmp_path, rows=rows, batch=100, candidates=(("good", 1),), canaries=0)
+    runs = [(m, len([*calls])) for m, calls in groupby(call["model"] for call in server.calls)]
+    assert runs == [(model, size) for size in (64, 100, 6) for model in ("good", "judge")]
+
+
+def test_a_judge_that_calls_everything_a_tie_teaches_nothing_and_fails_the_stage(tmp_path):
+    def script(body, n):
+        if body["model"] == "judge":
+            return Say(completion("Good-natured: yes\nRating: [[7]]"))
+        return answer(body, n)
+
+    with FakeServer(script) as server:
+        judge = JudgeSection(url=server.url, model="judge", strategy="pointwise")
+        with pytest.raises(DataError, match="prefers no answer"):
+            stage(server.url, tmp_path, judge=judge)
+    assert sorted(entry.name for entry in (tmp_path / "out").iterdir()) == [
+        "calls.sqlite",
+        "prompts.jsonl",
+    ]
+
+
+def test_the_judges_own_answers_are_those_of_its_model_at_its_address(tmp_path):
+    with FakeServer(answer) as server, FakeServer(answer) as other:
+        judge = JudgeSection(url=f"{server.url}/", model="good", strategy="kwise")
+        candidates = tuple(
+            Candidate(name=name, model=model, url=url)
+            for name, model, url in [
+                ("self", "good", server.url),
+                ("namesake", "good", other.url),
+                ("neighbour", "bad", server.url),
+            ]
+        )
+        inputs = FeedbackInputs((), (), candidates, judge)
+        about = about_line(inputs, {"kept": 3})
+    assert about == {
+        "judge": "good",
+        "kind": "endpoint",
+        "strategy": "kwise",
+        "own": ["self"],
+        "prompts": {"kept": 3},
+    }
+
+
 def test_a_failed_candidate_call_costs_one_answer_and_is_asked_again_by_the_next_run(tmp_path):
     broken = {"now": True}
 
@@ -354,6 +438,32 @@ def test_answers_that_stand_in_a_row_are_ranked_in_front_of_new_ones(tmp_path):
     assert summary.figures["answers_per_prompt"] == 2
 
 
+def test_only_free_places_are_asked_for_and_progress_expects_no_more(tmp_path, capsys):
+    rows = prompt_rows(3)
+    for row, number in zip(rows, (26, 24, 20), strict=True):
+        row["answers"] = [{"answer": f"Number {n}.", "model": "old"} for n in range(number)]
+    with FakeServer(answer) as server:
+        stage(server.url, tmp_path, rows=rows, candidates=(("good", 3), ("bad", 2)), canaries=0)
+    asked = Counter(
+        (call["model"], call["messages"][-1]["content"][-1])
+        for call in server.calls
+        if call["model"] != "judge"
+    )
+    assert asked == {("good", "1"): 2, ("good", "2"): 3, ("bad", "2"): 2}
+    assert [row.num_responses for row in read_rankings(tmp_path)] == [26, 26, 25]
+    assert "feedback  10/10  100%" in capsys.readouterr().err
+
+
+def test_progress_expects_no_ranking_of_fewer_than_two_answers(tmp_path, capsys):
+    rows = prompt_rows(3)
+    for row, texts in zip(rows, ("", "a", "ab"), strict=True):
+        row["answers"] = [{"answer": text, "model": "old"} for text in texts]
+    with FakeServer(answer) as server:
+        stage(server.url, tmp_path, rows=rows, candidates=())
+    assert len(server.calls) == 1
+    assert "feedback  1/1  100%" in capsys.readouterr().err
+
+
 def test_prompts_without_two_answers_say_whether_these_were_alike_or_too_few(tmp_path):
     rows = prompt_rows(3)
     rows[0]["answers"] = [{"answer": "The same words.", "model": "old"}]
@@ -406,7 +516,8 @@ def test_progress_counts_calls_and_the_sentence_says_what_was_made_and_what_is_n
         sentence = stage(server.url, tmp_path).sentence
     # Six prompts, three answers and a ranking each.
     assert re.search(r"^feedback  24/24  100%  done in \d+s  24 calls", capsys.readouterr().err)
-    assert sentence.startswith("Ranked 6 of 6 prompts, 3.0 answers each, too few to see a prefer")
+    assert sentence.startswith("Ranked 6 of 6 prompts, 3.0 answers each; of concern: ")
+    assert "prefer" not in sentence
     assert "starling reward" in sentence
 
 

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from starling.base.errors import DataError
+from starling.data.nectar import dedup_key, normalised_words, text_key
 from starling.data.records import Prompt
 from starling.data.rows import read_rows
 from starling.feedback.config import FeedbackInputs, FeedbackSection, PrepareSection
@@ -71,7 +72,7 @@ def test_prompts_that_differ_in_case_and_signs_are_one_with_the_answers_and_sour
     first = prompt("Name a cat.", id="1", source=["x"], answers=answers("Tom", " ", "Tom\n"))
     second = prompt("NAME a  cat", id="2", source=["y", "x"], answers=answers("Felix", "Tom "))
     other = prompt("Name a dog.", id="3")
-    merged, num_rows, num_answers = merge_duplicates([first, other, second])
+    merged, num_rows, num_answers = merge_duplicates([first, other, second], dedup_key)
     assert [each.id for each in merged] == ["1", "3"]
     assert (num_rows, num_answers) == (3, 5)
     assert merged[0].messages == first.messages
@@ -80,20 +81,45 @@ def test_prompts_that_differ_in_case_and_signs_are_one_with_the_answers_and_sour
     assert (merged[1].source, merged[1].answers) == (None, ())
 
 
+TWINS = ["What is 2+3?", "What is 2-3?", "what IS \n 2+3? ", "Sort in C", "Sort in C++"]
+
+
+@pytest.mark.parametrize(
+    ("rules", "kept"),
+    [
+        ({}, ["What is 2+3?", "What is 2-3?", "Sort in C", "Sort in C++"]),
+        ({"duplicates": "nectar"}, ["What is 2+3?", "Sort in C"]),
+    ],
+)
+def test_signs_make_another_prompt_unless_nectars_key_is_asked_for(tmp_path, rules, kept):
+    rows = [row(text, answers=answers(f"to {text}")) for text in TWINS]
+    prompts, counts = prepare(tmp_path, write(tmp_path / "p.jsonl", rows), **rules)
+    assert asked(prompts) == kept
+    assert counts["removed"]["duplicates"] == len(TWINS) - len(kept)
+    if not rules:
+        assert [a.answer for a in prompts[0].answers] == [f"to {TWINS[0]}", f"to {TWINS[2]}"]
+
+
+def test_a_typed_marker_is_no_turn_of_another():
+    turns, typed = prompt("a", "b", "c"), prompt("a\n\nAssistant: b\n\nHuman: c")
+    assert len(merge_duplicates([turns, typed], text_key)[0]) == 2
+    assert len(merge_duplicates([turns, typed], dedup_key)[0]) == 1
+
+
 def test_prompts_graded_by_other_checks_are_not_one():
     plus, minus = (prompt(f"What is 2{sign}2?", checks={"sign": sign}) for sign in "+-")
-    assert len(merge_duplicates([plus, minus, plus])[0]) == 2
+    assert len(merge_duplicates([plus, minus, plus], dedup_key)[0]) == 2
 
 
 @pytest.mark.parametrize("others", [("b", "c"), ("a", "b"), ("A!", "b")])
 def test_two_prompts_of_one_id_are_refused(others):
     prompts = [prompt("a", id="y"), *(prompt(text, id="x") for text in others)]
     with pytest.raises(DataError, match="two different prompts have the id 'x'"):
-        merge_duplicates(prompts)
+        merge_duplicates(prompts, dedup_key)
 
 
 def test_a_repeated_row_with_its_id_is_one_prompt():
-    assert len(merge_duplicates([prompt("a", id="x"), prompt("a", id="x")])[0]) == 1
+    assert len(merge_duplicates([prompt("a", id="x"), prompt("a", id="x")], dedup_key)[0]) == 1
 
 
 # Language and length
@@ -160,7 +186,7 @@ def benchmark(tmp_path):
     ],
 )
 def test_a_benchmark_is_found_in_any_turn_of_the_user_and_nowhere_else(benchmark, turns, match):
-    kept, [overlaps] = decontaminate([prompt(*turns, id="7"), prompt("clean")], [benchmark], 13)
+    kept, [overlaps] = decontaminate([prompt(*turns, id="7"), prompt("clean")], [benchmark])
     assert len(QUESTION.split()) == 15
     assert asked(kept) == ([] if match else [turns[-1]]) + ["clean"]
     assert [(each["match"], each["question"], each["prompt"]) for each in overlaps] == (
@@ -168,9 +194,38 @@ def test_a_benchmark_is_found_in_any_turn_of_the_user_and_nowhere_else(benchmark
     )
 
 
+SHORT = "Write a poem about the tall old tree outside"
+
+
+@pytest.mark.parametrize(
+    ("turn", "ngram", "is_caught"),
+    [
+        (SHORT, 13, True),
+        (" ".join(SHORT.split()[:8]), 13, True),
+        (" ".join(SHORT.split()[:7]), 13, False),
+        (" ".join(SHORT.split()[:7]), 8, False),
+        (SHORT, 9, True),
+        (SHORT, 5, True),
+        (" ".join(SHORT.split()[:4]), 5, False),
+    ],
+)
+def test_a_short_turn_of_eight_words_or_more_is_found_inside_another(
+    tmp_path, turn, ngram, is_caught
+):
+    assert len(SHORT.split()) == 9
+    path = write(tmp_path / "b.jsonl", [{"id": "q", "turns": [turn, QUESTION], "category": "c"}])
+    known = read_benchmark(path, tmp_path / "q", ngram)
+    near = prompt(f"Hello! {' '.join(turn.split()[1:])} Thanks.")
+    for text in (turn, f"Hello! {turn.upper()}. Thanks."):
+        kept, [overlaps] = decontaminate([prompt(text)], [known])
+        assert (not kept) == (is_caught or text == turn)
+    if ngram > 8:
+        assert decontaminate([near], [known])[0] == [near]
+
+
 def test_the_shared_words_are_told(benchmark):
     words = [*QUESTION.lower().split()[2:], "and", "more"]
-    _, [[overlap]] = decontaminate([prompt(" ".join(words))], [benchmark], 13)
+    _, [[overlap]] = decontaminate([prompt(" ".join(words))], [benchmark])
     assert overlap["words"] == " ".join(words[:13])
 
 
@@ -183,7 +238,7 @@ def test_a_run_is_found_exactly_where_one_is_shared(tmp_path_factory, text, turn
     shared = any(
         f" {' '.join(turn[start : start + 4])} " in f" {own} " for start in range(len(turn) - 3)
     )
-    kept, _ = decontaminate([prompt(own)], [known], 4)
+    kept, _ = decontaminate([prompt(own)], [known])
     assert (not kept) == (shared or "".join(text) + "end" == "".join(turn))
 
 
@@ -192,9 +247,7 @@ def test_a_prompt_counts_for_the_first_benchmark_and_files_of_every_layout_are_r
     ours = write(tmp_path / "b.jsonl", [{"id": "q2", "category": "c", "turns": ["three"]}])
     prompts = write(tmp_path / "c.jsonl", [row("one two"), row("four", id="q4")])
     known = [read_benchmark(path, tmp_path / "q", 13) for path in (fastchat, ours, prompts)]
-    kept, overlaps = decontaminate(
-        [prompt(t) for t in ("one, two", "Three", "four", "5")], known, 13
-    )
+    kept, overlaps = decontaminate([prompt(t) for t in ("one, two", "Three", "four", "5")], known)
     assert asked(kept) == ["5"]
     assert [[each["question"] for each in found] for found in overlaps] == [["1"], ["q2"], ["q4"]]
 
@@ -398,6 +451,9 @@ def test_of_real_nectar_only_planted_questions_of_mt_bench_go(test_data, tmp_pat
     ]
     clean, counts = prepare(tmp_path, nectar, benchmarks=[questions])
     assert (len(clean), counts["removed"]["contaminated"]) == (100, 0)
+    short = [turn for turn in turns if 8 <= len(normalised_words(turn)) <= 12]
+    assert len(short) > 30
+    planted += [row(f"Hello! {t} Thanks.", id=f"short {n}") for n, t in enumerate(short)]
     mixed, counts = prepare(
         tmp_path, write(tmp_path / "planted.jsonl", planted), nectar, benchmarks=[questions]
     )

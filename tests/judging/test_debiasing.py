@@ -62,6 +62,14 @@ def test_shuffling_alone_makes_noise_of_the_bias_and_no_better_rankings(measured
     assert abs(measured("kwise").accuracy - measured("kwise, not shuffled").accuracy) < 0.03
 
 
+def test_pairs_shown_alone_do_better_if_their_bias_is_that_of_neighbours(measured):
+    # At 1000 prompts 0.796 and 0.809 of the pairs right, 10 % and 6 % tied.
+    whole, sixth = measured("pairwise"), measured("pairwise, a sixth of the bias")
+    assert sixth.accuracy > whole.accuracy
+    assert sixth.tied < whole.tied
+    assert abs(sixth.slope) < 0.1
+
+
 def test_ratings_that_crowd_tie_most_pairs(measured):
     assert measured("pointwise").tied > 0.5
     assert measured("pointwise").accuracy < measured("kwise").accuracy - 0.05

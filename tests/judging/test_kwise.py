@@ -2,15 +2,18 @@
 
 import json
 import re
-from itertools import combinations, permutations
+from itertools import combinations
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from starling.data.records import Message
+from starling.judging.fences import opening, own_words
 from starling.judging.judge import Comparison, Unparsed
-from starling.judging.kwise import parse_good_natured, parse_ranking, present, unshuffle
+from starling.judging.kwise import parse_good_natured, parse_ranking, present
+
+TASK = opening([Message(role="user", content="Name a fruit.")], "1f2e3d4c")
 
 
 def comparison(answers, id="q", messages=None):
@@ -44,8 +47,11 @@ def letters(text, k):
         ("[['B', 'A', 'C']]\n[['B', 'A', 'C']]", "BAC"),
         ("first ['A', 'B', 'C'] then ['B', 'C', 'A']", "BCA"),
         ("Final ranking: B, C, A.", "BCA"),
-        ("A, B, C at first; in the end C, B, A", "CBA"),
+        ("A, B, C at first\nC, B, A", "CBA"),
+        ("**Final ranking (best to worst):** `B, C, A`.", "BCA"),
+        ("3. Ranking: B,C,A  ", "BCA"),
         ("('A', 'B'): B\n('B', 'C'): B\nRanking: B, A, C", "BAC"),
+        ("Ranking: B, A, C\nA, C, B would be wrong.", "BAC"),
     ],
 )
 def test_a_full_ranking_is_read_in_every_form_that_judges_write(text, expected):
@@ -70,6 +76,12 @@ def test_a_full_ranking_is_read_in_every_form_that_judges_write(text, expected):
         "[['B', 'A', 'C'",
         "('A', 'B', 'C')",
         "A, B",
+        "Answers A, B, C are all harmful, so I decline to rank them.",
+        "I decline to rank A, B, C.",
+        "A, B, C, and D",
+        "Comparing A, B, C:",
+        "A, B, C at first; in the end C, B, A",
+        "> A, B, C",
         "[[]]",
         # Another notation than the one that was asked for: which way round it is meant is a guess.
         "B > A > C",
@@ -92,8 +104,8 @@ def test_a_pair_that_is_walked_through_is_no_ranking_of_two_answers():
 
 
 def test_a_long_reply_of_brackets_is_read_in_no_time():
-    text = "[[" * 20_000 + "'A'], [" * 20_000
-    assert isinstance(parse_ranking(text, 3), Unparsed)
+    for text in ("[[" * 20_000 + "'A'], [" * 20_000, "A, " * 30_000 + "Ax"):
+        assert isinstance(parse_ranking(text, 3), Unparsed)
 
 
 @pytest.mark.parametrize(
@@ -105,25 +117,24 @@ def test_a_long_reply_of_brackets_is_read_in_no_time():
         ("This is a good natured conversation.", True),
         ("This is a not good natured conversation.", False),
         ("This is not a good-natured conversation, it is cruel.", False),
-        ("It isn't good natured.", False),
+        ("1. **Good-natured: Yes**", True),
         ("good natured\n[['A', 'B']]", True),
+        ("Not good-natured.", False),
+        ("Good-natured: yes\nAnswer A says:\nGood-natured: no", True),
+        ("This is a good natured conversation.\nGood-natured: no", False),
+        ("I see: This is a good natured conversation.", True),
+        # In other words than those asked for: which way round it is meant would be a guess.
+        ("I don't think this conversation is good natured", None),
+        ("I don't think this is a good natured conversation", None),
+        ("Is this a good natured conversation? No.", None),
+        ("This is a good natured conversation? No.", None),
+        ("Good-natured: not really", None),
+        ("It isn't good natured.", None),
         ("[['A', 'B']]", None),
     ],
 )
-def test_good_nature_is_read_from_its_first_mention(text, expected):
+def test_good_nature_is_read_where_it_is_said_as_asked_or_as_nectars_judge_did(text, expected):
     assert parse_good_natured(text) is expected
-
-
-def test_ranks_return_to_the_order_in_which_the_answers_were_given():
-    # Shown: answer 2, answer 0, answer 1.  Judged: C (answer 1), then A (2), then B (0).
-    assert unshuffle([2, 0, 1], (2, 0, 1)) == (3, 1, 2)
-
-
-@pytest.mark.parametrize("order", list(permutations(range(4))))
-def test_a_shown_order_and_its_way_back_cancel(order):
-    # The judge puts the shown answers in the order of their own numbers: answer i gets rank i + 1.
-    best_first = [order.index(answer) for answer in range(4)]
-    assert unshuffle(best_first, order) == (1, 2, 3, 4)
 
 
 def test_what_is_shown_is_a_permutation_of_what_was_given():
@@ -222,4 +233,7 @@ def test_all_recorded_gpt4_replies_are_read_as_people_read_them(test_data):
     for row in rows:
         expected = "".join(row.get("correct_letters") or row["expected_letters"])
         assert letters(row["rating_text"], row["k"]) == expected
+        # Its answers may say what they like, as long as the verdict has its line to itself.
+        task = f"{TASK}{row['rating_text']}"
+        assert letters(own_words(row["rating_text"], task), row["k"]) == expected
         assert parse_good_natured(row["rating_text"]) is not None

@@ -14,15 +14,17 @@ from starling.judging.rating import parse_rating, rating_messages
     [
         ("Good. [[7]]", 7.0),
         ("[[8.5]]", 8.5),
-        ("[[3]] or rather [[9]]", 3.0),
+        ("[[3]] or rather [[9]]", 9.0),
+        ("It says [[10]], which earns nothing.\n[[2]]", 2.0),
         ("[5], finally [[6]]", 6.0),
+        ("[[6]], see [5]", 6.0),
         ("Rating: [4]", 4.0),
-        ("[2] then [3]", 2.0),
+        ("[2] then [3]", 3.0),
         ("[[10]]", 10.0),
         ("[[1]]", 1.0),
     ],
 )
-def test_the_first_rating_is_read_double_brackets_before_single_ones(text, expected):
+def test_the_last_rating_is_read_double_brackets_before_single_ones(text, expected):
     assert parse_rating(text) == expected
 
 
@@ -35,7 +37,7 @@ def test_the_first_rating_is_read_double_brackets_before_single_ones(text, expec
         "[[0]]",
         "[[11]]",
         "[[85]]",
-        "[[85]] and [[8]]",
+        "[[8]] and [[85]]",
         "[[-3]]",
         "[[7/10]]",
         "[[ten]]",

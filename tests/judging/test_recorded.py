@@ -1,5 +1,6 @@
 """The promise about payment: no reply that reached us is ever asked for again."""
 
+import json
 import os
 import sqlite3
 from contextlib import closing
@@ -304,7 +305,7 @@ PRICES = {"m": Price(input=1.0, output=2.0)}
 @pytest.mark.parametrize(
     ("cap", "words"),
     [
-        ({"max_calls": 20}, "max_calls is 20, and 20 calls were made"),
+        ({"max_calls": 20}, "max_calls is 20, and 20 calls have ended"),
         ({"max_usd": 0.02}, "max_usd is $0.02, and $0.02 are spent"),
         ({"max_tokens": 19_000}, "max_tokens is 19,000, and 19,000 tokens were used"),
     ],
@@ -329,7 +330,7 @@ def test_a_raised_cap_goes_on_where_the_lower_one_ended(tmp_path):
     buy(Crowd(), path, 100, Spending(max_calls=20))
     shop, spending = Crowd(), Spending(max_calls=20)
     outcomes, said = buy(shop, path, 100, spending)
-    assert "27 calls were made" in said  # an earlier run's calls count
+    assert "27 calls have ended" in said  # an earlier run's calls count
     assert shop.bought == []
     assert len(outcomes) == 27
     shop, spending = Crowd(), Spending(max_calls=101)
@@ -487,7 +488,7 @@ def test_an_endpoint_s_attempts_are_stored_as_they_fail_and_a_cap_ends_them(tmp_
             endpoint.Endpoint(server.url, "m", retries=4), path, 1, Spending(max_calls=3)
         )
     assert len(server.calls) == 3
-    assert "max_calls is 3, and 3 calls were made" in said
+    assert "max_calls is 3, and 3 calls have ended" in said
     assert isinstance(outcomes[0], Failure)
     assert len(ledger_rows(path, "attempts")) == 3
     assert all("500" in row["reason"] for row in ledger_rows(path, "attempts"))
@@ -522,17 +523,96 @@ def test_a_ledger_of_before_the_attempts_were_kept_still_opens(tmp_path):
     assert outcomes[0].seconds is None
 
 
-def test_an_answer_that_is_no_reply_is_paid_for_in_every_run(tmp_path):
+def refused(body, n):
+    said = json.loads(completion(""))
+    said["choices"][0]["message"] = {"role": "assistant", "content": None, "refusal": "No."}
+    return Say(json.dumps(said))
+
+
+@pytest.mark.parametrize(
+    ("script", "reason"),
+    [
+        (
+            lambda body, n: Say(completion("", finish_reason="length")),
+            "the reply is empty (cut at 9 tokens)",
+        ),
+        (
+            lambda body, n: Say(completion("half", finish_reason="content_filter")),
+            "the reply ended with finish_reason 'content_filter'",
+        ),
+        (refused, "the model refused: No."),
+    ],
+)
+def test_an_answer_that_is_no_reply_is_paid_for_once_and_stays_the_same_failure(
+    tmp_path, script, reason
+):
     path = tmp_path / "calls.sqlite"
-    with FakeServer(lambda body, n: Say(completion("", finish_reason="length"))) as server:
+    with FakeServer(script) as server:
         judge = endpoint.Endpoint(server.url, "m")
-        spending = Spending()
-        buy(judge, path, 2, spending)
-        counted = {"calls": 2, "prompt_tokens": 14, "response_tokens": 6, "usd": None}
-        assert spending.totals()["m"] == counted
-        again = Spending(max_tokens=35)
-        outcomes, said = buy(judge, path, 2, again)
-    # Twenty tokens were used before, and each answer takes ten more.
-    assert again.totals()["m"]["prompt_tokens"] == 28
-    assert [outcome.reason for outcome in outcomes] == ["the reply is empty (cut at 9 tokens)"] * 2
-    assert said is None
+        for _ in range(3):
+            spending = Spending(max_tokens=1000)
+            outcomes, said = buy(judge, path, 2, spending)
+            assert (sorted(each.request_id for each in outcomes), said) == (["q0", "q1"], None)
+            assert [each.reason for each in outcomes] == [reason] * 2
+            assert all(isinstance(each, Failure) for each in outcomes)
+            # Ten tokens each: seven read, three written.
+            counted = {"calls": 2, "prompt_tokens": 14, "response_tokens": 6, "usd": None}
+            assert spending.totals()["m"] == counted
+    assert len(server.calls) == 2
+    assert [(row["state"], row["text"], row["reason"]) for row in ledger_rows(path)] == [
+        ("answered", None, reason)
+    ] * 2
+    assert ledger_rows(path, "attempts") == []
+
+
+@pytest.mark.parametrize(
+    ("script", "reason"),
+    [
+        (lambda body, n: Say("<html>busy</html>"), "no chat completion"),
+        (lambda body, n: error(400, "too long"), "answered 400"),
+    ],
+)
+def test_what_is_no_answer_of_a_model_is_asked_again_by_the_next_run(tmp_path, script, reason):
+    path = tmp_path / "calls.sqlite"
+    with FakeServer(script) as server:
+        for _ in range(2):
+            [outcome], _ = buy(endpoint.Endpoint(server.url, "m"), path, 1, Spending())
+            assert reason in outcome.reason
+    assert len(server.calls) == 2
+    assert [row["state"] for row in ledger_rows(path)] == ["failed"]
+
+
+def test_an_empty_answer_may_have_no_tokens_and_a_cap_on_tokens_is_kept(tmp_path):
+    path = tmp_path / "calls.sqlite"
+    said = completion("", finish_reason="length", response_tokens=0)
+    with FakeServer(lambda body, n: Say(said)) as server:
+        for _ in range(2):
+            spending = Spending(max_tokens=1000)
+            outcomes, end = buy(endpoint.Endpoint(server.url, "m"), path, 1, spending)
+            assert (len(outcomes), end) == (1, None)
+            assert spending.totals()["m"]["prompt_tokens"] == 7
+
+
+def test_an_empty_answer_that_nobody_counted_ends_a_run_whose_cap_needs_it(tmp_path):
+    said = completion("", finish_reason="length", prompt_tokens=0, response_tokens=0)
+    path = tmp_path / "calls.sqlite"
+    with FakeServer(lambda body, n: Say(said)) as server:
+        judge = endpoint.Endpoint(server.url, "m")
+        _, end = buy(judge, path, 1, Spending(max_tokens=1000))
+        assert "does not say how many tokens" in end
+        with pytest.raises(InputError, match="max_tokens cannot be kept"):
+            Recorded(judge, path, spending=Spending(max_tokens=1000), model="m")
+
+
+def test_what_an_older_program_kept_as_failed_with_its_tokens_is_charged_and_asked_again(tmp_path):
+    path = tmp_path / "calls.sqlite"
+    ask(Shop(broken={"a"}), path, ["a"])
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute("UPDATE attempts SET prompt_tokens = 7, response_tokens = 3")
+        connection.commit()
+    shop, spending = Shop(), Spending()
+    with Recorded(shop, path, spending=spending, model="m") as recorded:
+        list(recorded.respond([request("a")]))
+    assert shop.bought == ["a"]
+    counted = {"calls": 2, "prompt_tokens": 7 + 4, "response_tokens": 3 + 2, "usd": None}
+    assert spending.totals()["m"] == counted

@@ -77,7 +77,9 @@ def test_a_judge_that_is_right_is_read_right_by_every_strategy(name, quality):
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("k", [2, 5])
 def test_calls_are_as_many_as_announced_each_with_its_own_id_and_seed(name, k):
-    calls = {"kwise": 1, "kwise-repeated": 3, "pairwise": k * (k - 1), "pointwise": k}[name]
+    # Two answers have two orders: three calls would show one of them twice.
+    repeated = 4 if k == 2 else 3
+    calls = {"kwise": 1, "kwise-repeated": repeated, "pairwise": k * (k - 1), "pointwise": k}[name]
     assert num_calls(name, 3, k) == calls
     verdict, requests = rank(name, by_number, "23456"[:k])
     assert len(requests) == len(verdict.votes) == calls
@@ -116,13 +118,16 @@ def test_going_from_one_call_to_several_buys_only_the_others():
     assert len(same) == 1
 
 
-@pytest.mark.parametrize(("k", "repeats"), [(7, 3), (7, 7), (7, 2), (3, 3), (2, 4), (5, 12)])
+@pytest.mark.parametrize(
+    ("k", "repeats"), [(7, 3), (7, 7), (7, 2), (3, 3), (2, 3), (2, 4), (5, 12)]
+)
 def test_repeats_show_every_answer_at_places_far_apart(k, repeats):
     verdict, _ = rank("kwise-repeated", by_number, "1234567"[:k], repeats=repeats)
     orders = [vote.presented for vote in verdict.votes]
-    for start in range(0, repeats - repeats % k, k):
-        block = orders[start : start + k] if repeats >= k else orders[start:repeats]
+    assert len(orders) == (repeats if repeats < k else num_calls("kwise-repeated", repeats, k))
+    for start in range(0, len(orders), k):
         # A Latin square: nobody stands twice at one place.
+        block = orders[start : start + k]
         for place in range(k):
             assert len({order[place] for order in block}) == len(block)
     if repeats < k:
@@ -141,9 +146,21 @@ def test_repeats_walk_the_pairs_in_another_order():
 
 
 def test_a_judge_of_places_alone_ends_in_a_tie_where_every_place_was_everyones():
-    for name, repeats in (("pairwise", 3), ("kwise-repeated", 4)):
-        verdict, _ = rank(name, first_is_best, "1234", repeats=repeats)
-        assert verdict.ranks == (1, 1, 1, 1)
+    for name, repeats, k in (
+        ("pairwise", 3, 4),
+        ("kwise-repeated", 4, 4),
+        ("kwise-repeated", 3, 2),
+        ("kwise-repeated", 5, 4),
+    ):
+        verdict, _ = rank(name, first_is_best, "1234"[:k], repeats=repeats)
+        assert verdict.ranks == (1,) * k
+
+
+@pytest.mark.parametrize(
+    ("repeats", "k", "calls"), [(3, 7, 3), (7, 7, 7), (8, 7, 14), (3, 2, 4), (2, 2, 2), (12, 5, 15)]
+)
+def test_more_repeats_than_answers_are_whole_turns(repeats, k, calls):
+    assert num_calls("kwise-repeated", repeats, k) == calls
 
 
 def test_every_pair_is_shown_in_both_orders():
@@ -232,6 +249,28 @@ def test_a_chain_of_pairs_is_enough():
     assert verdict.ranks == (3, 1, 2, 4)
 
 
+def test_pairwise_makes_no_tie_of_two_that_were_never_compared():
+    def star(shown):
+        return by_number(shown) if "9" in shown else None
+
+    verdict, _ = rank("pairwise", star, "1923")
+    assert isinstance(verdict, Unparsed)
+    assert "answers 1 and 3, not compared, come out equal" in verdict.reason
+    assert "6 of 12 votes" in verdict.reason
+
+
+def test_pairwise_ties_two_that_were_compared_though_others_were_not():
+    # 1 and 2 change with the order, and both beat 3; of 4, which beats 3 too, they are not told.
+    def answer(shown):
+        if {"1", "2"} == set(shown):
+            return first_is_best(shown)
+        return None if set(shown) in ({"1", "4"}, {"2", "4"}) else by_number(shown)
+
+    verdict, _ = rank("pairwise", answer, "1243")
+    assert isinstance(verdict, Ranking)
+    assert verdict.ranks == (3, 3, 1, 2)
+
+
 @pytest.mark.parametrize(
     ("said", "expected"),
     [("yes yes no", True), ("no yes no", False), ("yes no -", None), ("- - -", None)],
@@ -243,7 +282,7 @@ def test_good_nature_is_what_most_votes_say(said, expected):
         word = next(words)
         return by_number(shown).replace("yes", word) if word != "-" else first_is_best(shown)
 
-    assert rank("kwise-repeated", answer, "12")[0].good_natured is expected
+    assert rank("kwise-repeated", answer, "123")[0].good_natured is expected
 
 
 @pytest.mark.parametrize("name", NAMES)

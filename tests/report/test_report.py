@@ -241,7 +241,29 @@ def test_too_few_verdicts_are_not_called_fair(run: Path) -> None:
     write_json(run / "feedback" / "audit.json", report)
     text = Page(write_report(run)).text
     assert "too few verdicts to tell" in text
-    assert "no sign" not in text
+    assert "no bias seen" not in text
+
+
+def test_a_bias_that_is_not_seen_is_not_said_not_to_be_there(run: Path) -> None:
+    assert (
+        "no bias seen, but such as the bars leave room for could be missed"
+        in Page(write_report(run)).text
+    )
+
+
+def test_a_model_whose_answers_are_all_unranked_has_no_mean_rank(run: Path) -> None:
+    report = audit()
+    report["models"]["late"] = {"win_share": estimate(0.0)}
+    write_json(run / "feedback" / "audit.json", report)
+    tables = {row[0]: row[1:] for row in Page(write_report(run)).rows}
+    assert tables["late"][:2] == ["8", "none|"]
+
+
+def test_ratings_have_an_audit_though_no_places(run: Path) -> None:
+    write_json(run / "feedback" / "audit.json", {**audit(), "positions": {}})
+    text = Page(write_report(run)).text
+    assert "No verdict with places in this run." in text
+    assert "No judge audit" not in text
 
 
 def test_an_answer_that_was_cut_is_graded_as_cut(run: Path) -> None:

@@ -42,6 +42,15 @@ class Estimate:
     n: int
     num_failed: int = 0
 
+    def __str__(self) -> str:
+        """For people: `7.31 [6.90, 7.70] n=80`, and `failed=2` when some did."""
+        if self.low is None or self.high is None:
+            interval = "[unknown]"
+        else:
+            interval = f"[{self.low:.2f}, {self.high:.2f}]"
+        failed = f" failed={self.num_failed}" if self.num_failed else ""
+        return f"{self.mean:.2f} {interval} n={self.n}{failed}"
+
 
 def bootstrap_mean(
     values: Sequence[float | int],
@@ -70,11 +79,15 @@ def bootstrap_mean(
     members = np.array([number_of[name] for name in names])
     # Deviations from the mean, so that equal values give an interval of exactly that value.
     sums = np.bincount(members, weights=array - mean)
-    low, high = _interval(mean, sums, np.bincount(members), seed)
+    sizes = np.bincount(members)
+    of_clusters = np.bincount(members, weights=array) / sizes
+    low, high = _interval(mean, sums, sizes, of_clusters, seed)
     return Estimate(mean, low, high, n=array.size, num_failed=num_failed)
 
 
-def mean_of_sums(sums: Sequence[float], sizes: Sequence[int], *, seed: int) -> Estimate:
+def mean_of_sums(
+    sums: Sequence[float], sizes: Sequence[int], *, seed: int, num_failed: int = 0
+) -> Estimate:
     """`bootstrap_mean` where of each cluster only the sum and the number of its values are kept.
 
     Raises ValueError for a cluster without a value, and for no cluster at all.
@@ -83,8 +96,8 @@ def mean_of_sums(sums: Sequence[float], sizes: Sequence[int], *, seed: int) -> E
     if len(totals) != len(counts) or not len(counts) or counts.min() < 1:
         raise ValueError(f"{len(totals)} sums need as many sizes, each of at least 1")
     mean = float(totals.sum() / counts.sum())
-    low, high = _interval(mean, totals - mean * counts, counts, seed)
-    return Estimate(mean, low, high, n=int(counts.sum()))
+    low, high = _interval(mean, totals - mean * counts, counts, totals / counts, seed)
+    return Estimate(mean, low, high, n=int(counts.sum()), num_failed=num_failed)
 
 
 def clustered_mean(
@@ -96,9 +109,9 @@ def clustered_mean(
 
 
 def _interval(
-    mean: float, deviations: np.ndarray, sizes: np.ndarray, seed: int
+    mean: float, deviations: np.ndarray, sizes: np.ndarray, of_clusters: np.ndarray, seed: int
 ) -> tuple[float | None, float | None]:
-    """The ends around a mean, from each cluster's summed deviation from it and its size."""
+    """The ends around a mean, from each cluster's summed deviation from it, size and own mean."""
     if len(sizes) < 2:
         return None, None
     tail = (1 - LEVEL) / 2
@@ -106,10 +119,12 @@ def _interval(
         ends = np.quantile(_resampled_means(deviations, sizes, seed), [tail, 1 - tail])
     else:
         half = NormalDist().inv_cdf(1 - tail) * np.sqrt((deviations**2).sum()) / sizes.sum()
-        # No resample's mean lies beyond that of the outermost cluster.
-        of_clusters = deviations / sizes
-        ends = np.clip([-half, half], of_clusters.min(), of_clusters.max())
-    return float(mean + ends[0]), float(mean + ends[1])
+        ends = np.array([-half, half])
+    # No resample's mean lies beyond that of the outermost cluster, but for rounding: a share of
+    # -1e-18 would be none.
+    lowest, highest = min(mean, of_clusters.min()), max(mean, of_clusters.max())
+    low, high = np.clip(mean + ends, lowest, highest).tolist()
+    return low, high
 
 
 def _resampled_means(sums: np.ndarray, sizes: np.ndarray, seed: int) -> np.ndarray:

@@ -3,7 +3,8 @@
 import contextlib
 import difflib
 import os
-from collections.abc import Iterable
+import tempfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from starling.base.errors import DataError
@@ -47,6 +48,17 @@ def sync_file(path: Path) -> None:
     """Make the bytes of a closed file survive a power cut."""
     with path.open("rb+") as file:
         os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def quarantine_elsewhere() -> Iterator[Path]:
+    """Where bad rows go of files that are only looked at; stays if there are any."""
+    folder = Path(tempfile.mkdtemp(prefix="starling-"))
+    try:
+        yield folder / "quarantine.jsonl"
+    finally:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
 
 
 def neighbours(path: Path) -> str:

@@ -94,7 +94,7 @@ class Spending:
         if self._max_usd is not None and (usd or 0.0) >= self._max_usd:
             return f"max_usd is {_dollars(self._max_usd)}, and {_dollars(usd or 0.0)} are spent"
         if self._max_calls is not None and calls >= self._max_calls:
-            return f"max_calls is {self._max_calls:,}, and {calls:,} calls were made"
+            return f"max_calls is {self._max_calls:,}, and {calls:,} calls have ended"
         if self._max_tokens is not None and tokens >= self._max_tokens:
             return f"max_tokens is {self._max_tokens:,}, and {tokens:,} tokens were used"
         return None

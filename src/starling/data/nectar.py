@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from starling.base.errors import InputError
 from starling.base.files import write_atomically
 from starling.base.jsonl import write_records
 from starling.base.seeding import permutation
@@ -49,6 +50,11 @@ def published_prompt(row: Prompt | RankingRow) -> str:
         if split_nectar_prompt(text) == row.messages:
             return text
     return nectar_prompt(row.messages)
+
+
+def text_key(messages: Sequence[Message]) -> list[list[str]]:
+    """Equal for conversations that are the same but for case and spacing."""
+    return [[each.role, " ".join(_folded(each.content).split())] for each in messages]
 
 
 def dedup_key(messages: Sequence[Message]) -> str:
@@ -99,7 +105,14 @@ def write_nectar(path: Path, rows: Iterable[RankingRow]) -> None:
 
 
 def convert(source: Path, target: Path, *, sample: int | None = None, seed: int = 0) -> int:
-    """Write one file's rankings, or a sample, as Nectar's to another; return how many."""
+    """Write one file's rankings, or a sample, as Nectar's to another; return how many.
+
+    Raises InputError for a sample of none, and for a target of another kind.
+    """
+    if sample is not None and sample < 1:
+        raise InputError(f"a sample of {sample} rankings is none; ask for 1 or more")
+    if target.suffix not in (".jsonl", PARQUET):
+        raise InputError(f"{target} is written as its name ends: use .jsonl or {PARQUET}")
     quarantine = target.with_name("quarantine.jsonl")
     number = sum(1 for _ in iter_rows(source, RankingRow, quarantine=quarantine))
     chosen = set(permutation(number, seed, "nectar/sample", 0)[:sample])

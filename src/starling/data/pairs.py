@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from starling.base.errors import InputError
 from starling.base.jsonl import write_records
 from starling.base.seeding import permutation
 from starling.data.records import RankingRow
@@ -36,7 +37,10 @@ def export_pairs(
     """Write a file's pairs as JSONL in TRL's conversational form; counts of rankings and pairs.
 
     `per_prompt` and `seed` are for the kind `sampled`: so many of all pairs, drawn for each prompt.
+    Raises InputError for fewer than one.
     """
+    if per_prompt < 1:
+        raise InputError(f"{per_prompt} pairs per prompt are none; ask for 1 or more")
     counts = {"rankings": 0, "pairs": 0}
 
     def rows() -> Iterator[dict[str, Any]]:

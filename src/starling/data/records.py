@@ -65,9 +65,13 @@ Sources = Annotated[
 """Where a prompt is from: a list in Nectar, a single name in other people's files."""
 
 
+Id = Annotated[str, BeforeValidator(lambda value: str(value) if type(value) is int else value)]
+"""Text; a whole number, as other people's files have it, becomes text."""
+
+
 class _Dialogue(Record):
     messages: Messages = ()
-    id: str = ""
+    id: Id = ""
     category: str | None = None
     _last: ClassVar[Role]
 
@@ -122,7 +126,7 @@ class Prompt(_Asked):
 class Question(Record):
     """A benchmark question: the user's turns, each asked on top of the model's own answers."""
 
-    id: str
+    id: Id
     category: str
     turns: tuple[str, ...] = Field(strict=False, min_length=1)
     checks: tuple[dict[str, Any], ...] | None = Field(default=None, strict=False)

@@ -62,8 +62,6 @@ def audit(
         table["critical_99"] = critical_99(len(shares) - 1)
         enough = table["verdicts"] >= SMALLEST_EXPECTED * len(shares)
         table["is_biased"] = table["chi_square"] > table["critical_99"] if enough else None
-    for found in tables.get("canaries", {}).values():
-        found["chance"] = _chance_of_wins(found) if "questions" in found else 1.0
     return {"findings": find(tables), **tables}
 
 
@@ -78,7 +76,7 @@ def as_text(report: Mapping[str, Any]) -> str:
     for k, table in report.get("positions", {}).items():
         lines += _table(f"place, of {k}", ("winner_share", "mean_rank"), table["places"])
     models = report["models"]
-    frequent = {n: models[n] for n in sorted(models, key=lambda n: -models[n]["mean_rank"]["n"])}
+    frequent = {n: models[n] for n in sorted(models, key=lambda n: -models[n]["win_share"]["n"])}
     lines += _table("model", ("mean_rank", "win_share"), frequent)
     natures = ("mean_rank_good_natured", "mean_rank_not_good_natured")
     lines += _table("model", natures, frequent)
@@ -101,15 +99,6 @@ def critical_99(degrees: int) -> float:
     """
     spread = 2 / (9 * degrees)
     return degrees * (1 - spread + NORMAL_99 * math.sqrt(spread)) ** 3
-
-
-def _chance_of_wins(found: Mapping[str, Any]) -> float:
-    """How likely at least so many wins are by luck; a shared win is rounded down."""
-    n, chance = found["questions"], found["wins_by_chance"] / found["questions"]
-    return sum(
-        math.comb(n, wins) * chance**wins * (1 - chance) ** (n - wins)
-        for wins in range(math.floor(found["wins"]), n + 1)
-    )
 
 
 def _table(title: str, columns: Sequence[str], rows: Mapping[str, Any]) -> Iterator[str]:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from itertools import islice, product
+from itertools import accumulate, product
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -25,9 +25,12 @@ A = TypeVar("A", bound=Answer)
 REFUSAL = re.compile(
     r"\W*(?:[^.!?\n]{0,60}\b(?:sorry|apologi[sz]e|unfortunately|as an ai)\b[^\n]{0,80}?)?"
     r"\b(?:I|we)(?:['\u2019]m| am|['\u2019]re| are)? "
-    r"(?:can(?:not|['\u2019]t)|can not|won['\u2019]t|will not|unable to|not able to) (?:\w+ly )?"
+    r"(?:(?:must|will have to|have to) (?:\w+ly )?(?:decline|refuse)"
+    r"|(?:can(?:not|['\u2019]t)|can not|won['\u2019]t|will not|unable to|not able to) (?:\w+ly )?"
+    # Not praise: "I cannot recommend it enough".
+    r"(?!help but\b|recommend[^.,;!?\n]* enough\b)"
     r"(?:help|assist|provide|fulfill?|comply|answer|support|write|generate|create|discuss|share"
-    r"|offer|give|engage|participate|condone|promote|encourage|recommend|do that|do this)\b",
+    r"|offer|give|engage|participate|condone|promote|encourage|recommend|do that|do this))\b",
     re.IGNORECASE,
 )
 """How an English refusal begins; others are not recognised."""
@@ -88,13 +91,16 @@ def collect_answers(
     sources: Sequence[Source], prompts: Sequence[Prompt], seed: int
 ) -> list[AnswerSet]:
     """Ask every candidate about every prompt; one set per prompt, answers in the sources' order."""
-    arrived = _ask(sources, [[*_requests(each.candidate, prompts, seed)] for each in sources])
+    candidates = [source.candidate for source in sources]
+    before = accumulate((each.answers for each in candidates), initial=0)
+    pairs = zip(candidates, before, strict=False)
+    arrived = _ask(sources, [[*_requests(each, prompts, n, seed)] for each, n in pairs])
     sets = []
     for prompt in prompts:
         outcomes: list[tuple[str, Reply | Failure]] = []
-        for source, found in zip(sources, arrived, strict=True):
-            each = source.candidate
-            outcomes += ((each.name, outcome) for outcome in islice(found, each.answers))
+        for each, found in zip(candidates, arrived, strict=True):
+            ids = (_id(prompt, each, index) for index in range(each.answers))
+            outcomes += ((each.name, found[id]) for id in ids if id in found)
         sets.append(_answer_set(prompt, outcomes))
     return sets
 
@@ -116,18 +122,16 @@ def distinct_answers(answers: Iterable[A]) -> tuple[A, ...]:
 
 def _ask(
     sources: Sequence[Source], asked: Sequence[list[Request]]
-) -> list[Iterator[Reply | Failure]]:
-    """The outcomes of each source's requests; endpoints answer while the local models work."""
+) -> list[dict[str, Reply | Failure]]:
+    """Each source's outcomes by their requests; endpoints answer while the local models work."""
 
-    def ask(number: int) -> list[Reply | Failure]:
-        # Replies come in any order; the requests' order makes the same rows of every run.
-        found = {each.request_id: each for each in sources[number].responder.respond(asked[number])}
-        return [found[request.id] for request in asked[number]]
+    def ask(number: int) -> dict[str, Reply | Failure]:
+        return {each.request_id: each for each in sources[number].responder.respond(asked[number])}
 
     running = {s.thread.submit(ask, n): n for n, s in enumerate(sources) if s.thread is not None}
     arrived = {number: ask(number) for number, s in enumerate(sources) if s.thread is None}
     arrived |= {running[future]: future.result() for future in as_completed(running)}
-    return [iter(arrived[number]) for number in range(len(sources))]
+    return [arrived[number] for number in range(len(sources))]
 
 
 def _responder(candidate: Candidate, context: Context) -> Responder:
@@ -140,14 +144,21 @@ def _responder(candidate: Candidate, context: Context) -> Responder:
     return connect(candidate, candidate.model)
 
 
-def _requests(candidate: Candidate, prompts: Sequence[Prompt], seed: int) -> Iterator[Request]:
+def _requests(
+    candidate: Candidate, prompts: Sequence[Prompt], before: int, seed: int
+) -> Iterator[Request]:
     for prompt, index in product(prompts, range(candidate.answers)):
+        if len(prompt.answers) + before + index >= MOST_ANSWERS:
+            continue  # no letter is left for it
         own_seed = derive_seed(seed, f"feedback/{candidate.name}/{prompt.id}", index)
         sampling = Sampling(
             candidate.max_tokens, candidate.temperature, own_seed, candidate.top_p, candidate.top_k
         )
-        id = f"{prompt.id}/{candidate.name}/{index}"
-        yield Request(id, prompt.messages, sampling, prompt.mode)
+        yield Request(_id(prompt, candidate, index), prompt.messages, sampling, prompt.mode)
+
+
+def _id(prompt: Prompt, candidate: Candidate, index: int) -> str:
+    return f"{prompt.id}/{candidate.name}/{index}"
 
 
 def _answer_set(prompt: Prompt, outcomes: list[tuple[str, Reply | Failure]]) -> AnswerSet:

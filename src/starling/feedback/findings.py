@@ -1,7 +1,8 @@
 """The sentences of an audit: what its tables say, with how sure that is, and what to do.
 
 A finding is {"name", "is_concern", "sentence", "advice"}.  It is of concern only where the whole
-interval is, or what chance alone does once in a hundred; too few rows are said to be too few.
+interval is, or what chance alone does once in a hundred, or a count is that should be none;
+too few rows are said to be too few, and what is not seen is never said not to be there.
 """
 
 from collections.abc import Iterator, Mapping
@@ -10,12 +11,15 @@ from typing import Any
 Finding = tuple[str, bool, str, str]
 """Name, whether it is of concern, the sentence, and what to do if it is."""
 
-SURE = 0.01
-"""How rarely chance alone may do it, for a finding of concern."""
 LENGTH_DECIDES = 0.6
 """Share of pairs in order by length alone, from which on length is a rival explanation."""
 UNREADABLE, SPOILED = 0.01, 0.1
-"""Shares of verdicts without a ranking, and of answers refused or cut, that are too many."""
+"""Shares of verdicts without a ranking, and of answers refused or cut, that are too many.
+
+Canaries that leave more wins than SPOILED possible were too few.
+"""
+TIED = 0.5
+"""Share of pairs, from which on most of what was paid for orders nothing."""
 AGREEING = 0.5
 """About Kendall's tau of GPT-4 with itself on Nectar's answers."""
 FREQUENT = 0.1
@@ -25,13 +29,38 @@ ROTATED = (
     "place or a letter earns by itself cancels."
 )
 """What to know of the votes of a judge of kind logits, whose strategy cannot be chosen."""
+NOISE = "Its ranks are mostly noise: "
+STRONGER = "use a stronger judge."
+UNREAD = "Read the replies in judgments.jsonl; judge.max_tokens may cut them."
+ADVICE = {
+    "kwise": {
+        "position": "Answers are shuffled, so this is noise in the ranks; judge.strategy "
+        "kwise-repeated or pairwise takes most of it out.",
+    },
+    "kwise-repeated": {
+        "position": "Each ranking is of several orders, in which most of it cancels; more "
+        "judge.repeats leave less of it.",
+        "agreement": f"{NOISE}raise judge.repeats, or {STRONGER}",
+    },
+    "pairwise": {
+        "position": "Each pair is shown in both orders, so it ends in ties, not in wrong ranks; a "
+        "stronger judge has fewer.",
+    },
+    "pointwise": {"ties": "judge.strategy kwise puts all answers in an order."},
+    "logits": {
+        "position": ROTATED,
+        "agreement": f"{ROTATED} Where the ranks look wrong all the same, {STRONGER}",
+        "unparsed": "It is asked only what its context has room for: leave out what is longer, or "
+        "use a judge with a longer context.",
+    },
+}
+"""What to do, by what the judge does already: nothing that it has, or that the recipe refuses."""
 
 
 def find(tables: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Every finding that the tables allow, in the order in which they are best read."""
     if "judge" in tables:
-        is_rotated = tables.get("about", {}).get("judge") == "logits"
-        found = [*_positions(tables, is_rotated), *_canaries(tables), *_judge(tables, is_rotated)]
+        found = [*_positions(tables), *_canaries(tables), *_judge(tables)]
     else:
         sentence = "There is no judgments.jsonl beside these rankings, so the judge's preference "
         sentence += "for a place, its agreement with itself and what could not be read are not "
@@ -43,7 +72,13 @@ def find(tables: Mapping[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def _positions(tables: Mapping[str, Any], is_rotated: bool) -> Iterator[Finding]:
+def _advice(tables: Mapping[str, Any], name: str, otherwise: str = NOISE + STRONGER) -> str:
+    about = tables.get("about", {})
+    kind, strategy = about.get("kind", about.get("judge")), about.get("strategy", "kwise")
+    return ADVICE.get("logits" if kind == "logits" else strategy, {}).get(name, otherwise)
+
+
+def _positions(tables: Mapping[str, Any]) -> Iterator[Finding]:
     for k, table in tables.get("positions", {}).items():
         verdicts, is_biased = table["verdicts"], table["is_biased"]
         shares = {n: place["winner_share"] for n, place in table["places"].items()}
@@ -52,47 +87,53 @@ def _positions(tables: Mapping[str, Any], is_rotated: bool) -> Iterator[Finding]
         sentence = (
             f"Of {verdicts} verdicts on {k} answers, the winner stood at place {worst} in "
             f"{_percent(shares[worst])}, where {chance:.0%} show no preference: chi-square is "
-            f"{table['chi_square']:.1f}, by chance at most {table['critical_99']:.1f} (99 %)."
+            f"{table['chi_square']:.1f}, by chance at most {table['critical_99']:.1f} (99 %)"
         )
+        sentence += "." if is_biased else ": none seen, though the interval leaves room for one."
         if is_biased is None:
             sentence = f"{verdicts} verdicts on {k} answers are too few to see whether the judge "
             sentence += "prefers a place."
-        advice = "Answers are shuffled, so this is noise in the ranks; judge.strategy "
-        advice += "kwise-repeated or pairwise takes most of it out."
-        if is_rotated:
-            advice = ROTATED
-        yield "position", bool(is_biased), sentence, advice
+        yield "position", bool(is_biased), sentence, _advice(tables, "position")
 
 
 def _canaries(tables: Mapping[str, Any]) -> Iterator[Finding]:
-    for kind, found in tables.get("canaries", {}).items():
-        if "questions" in found:
-            sentence = (
-                f"The cheating answer '{kind}' won {found['wins']:.3g} of {found['questions']} "
-                f"comparisons, where one drawn at random wins {found['wins_by_chance']:.1f}; its "
-                f"mean rank is {found['mean_rank']['mean']:.1f}, at random "
-                f"{found['rank_by_chance']['mean']:.1f}."
-            )
-            advice = "Text that answers nothing can win this judge: use a stronger one, and read "
-            yield "canary", found["chance"] < SURE, sentence, advice + "what PPO writes for it."
+    """They answer nothing, so an honest judge puts them last, and chance excuses no win."""
+    found = tables.get("all_canaries")
+    if found is not None:
+        n, wins, way = found.get("questions", 0), found.get("wins", 0), found.get("way_to_last")
+        kinds = [
+            f"'{kind}' {each['wins']:.3g} of {each['questions']}"
+            for kind, each in tables["canaries"].items()
+            if each.get("wins")
+        ]
+        sentence = f"Of {n} answers that cheat, {wins:.3g} won"
+        sentence += f" ({', '.join(kinds)})." if kinds else "."
+        if n and not wins:
+            missed = 1 - 0.05 ** (1 / n)
+            sentence += f" A judge that lets {missed:.0%} of them win could still be missed (95 %)"
+            sentence += "; too few were asked." if missed > SPOILED else "."
+        if way is not None:
+            sentence += f" Between first (0) and last (1) place they stood at {_number(way)}."
+        if found["unparsed"]:
+            sentence += f" {found['unparsed']} more got no ranking that could be read."
+        is_last = way is None or way["low"] is None or way["low"] > 0.5
+        advice = "Text that answers nothing can win this judge: use a stronger one, and read what "
+        yield "canary", wins > 0 or not is_last, sentence, advice + "PPO writes for it."
 
 
-def _judge(tables: Mapping[str, Any], is_rotated: bool) -> Iterator[Finding]:
+def _judge(tables: Mapping[str, Any]) -> Iterator[Finding]:
     judge = tables["judge"]
     unparsed, tau = judge["unparsed"], judge.get("kendall_tau")
     sentence = f"No ranking could be read for {_percent(unparsed)} of {unparsed['n']} prompts."
     if unparsed["mean"]:
         sentence += f" The first: {judge['examples'][0]['reason']}."
-    advice = "Read the replies in judgments.jsonl; judge.max_tokens may cut them."
-    yield "unparsed", (unparsed["low"] or 0) > UNREADABLE, sentence, advice
+    is_concern = (unparsed["low"] or 0) > UNREADABLE
+    yield "unparsed", is_concern, sentence, _advice(tables, "unparsed", UNREAD)
     if tau is not None:
         sentence = f"Asked again in another order, the judge agrees with itself to {_number(tau)} "
         sentence += "(Kendall's tau: 1 is always, 0 is chance)."
-        advice = "Its ranks are mostly noise: raise judge.repeats, or use a stronger judge."
-        if is_rotated:
-            advice = f"{ROTATED} Where the ranks look wrong all the same, use a stronger judge."
         is_concern = tau["high"] is not None and tau["high"] < AGREEING
-        yield "agreement", is_concern, sentence, advice
+        yield "agreement", is_concern, sentence, _advice(tables, "agreement")
 
 
 def _length(tables: Mapping[str, Any]) -> Iterator[Finding]:
@@ -109,7 +150,8 @@ def _length(tables: Mapping[str, Any]) -> Iterator[Finding]:
 
 
 def _models(tables: Mapping[str, Any]) -> Iterator[Finding]:
-    ranks = {name: model["mean_rank"] for name, model in tables["models"].items()}
+    models = tables["models"].items()
+    ranks = {name: model["mean_rank"] for name, model in models if "mean_rank" in model}
     about, most = tables.get("about", {}), FREQUENT * tables["all"]["rankings"]
     named = [name for name in ranks if ranks[name]["n"] >= most and ranks[name]["low"] is not None]
     if len(named) > 1:
@@ -138,25 +180,27 @@ def _models(tables: Mapping[str, Any]) -> Iterator[Finding]:
 def _answers(tables: Mapping[str, Any]) -> Iterator[Finding]:
     answers, everything = tables["answers"], tables["all"]
     repeated, good = everything["repeated_prompts"], everything.get("good_natured")
-    of_answers = {
-        "refused": (
-            "open with a refusal",
-            "Read some in audit.json: when to refuse is learnt too.",
-        ),
-        "truncated": ("were cut by their limit", "Raise the candidates' max_tokens."),
-    }
-    for name, (said, advice) in of_answers.items():
-        share = answers[name] / answers["given"]
-        sentence = f"{answers[name]} of {answers['given']} answers ({share:.1%}) {said}."
+    given, known = answers["given"], answers["known_to_end"]
+    for name, of, said, advice in (
+        ("refused", given, "open with a refusal", "Read some: refusing is learnt too."),
+        ("truncated", known, "were cut by their limit", "Raise the candidates' max_tokens."),
+    ):
+        share = answers[name] / of if of else 0.0
+        sentence = f"{answers[name]} of {of} answers ({share:.1%}) {said}."
+        if of < given:
+            sentence = sentence.removesuffix(".") if of else "Whether answers were cut is not known"
+            sentence += f"; {given - of} do not say how they ended."
         yield name, share > SPOILED, sentence, advice
     if good is not None:
         sentence = f"The judge called {_percent(good)} of {good['n']} conversations good-natured."
         yield "good-natured", False, sentence, ""
-    sentence = (
-        f"{repeated} rankings repeat an earlier prompt but for case and signs, "
-        f"{answers['repeated']} answers another one of their prompt; {tables['pairs']['tied']} "
-        f"pairs of {tables['pairs']['tied'] + tables['pairs']['ordered']} are ties."
-    )
+    tied, pairs = tables["pairs"]["tied"], sum(tables["pairs"].values())
+    if pairs:
+        advice = "A tie teaches nothing: " + _advice(tables, "ties", STRONGER)
+        sentence = f"{tied} of {pairs} pairs of answers ({tied / pairs:.1%}) are ties."
+        yield "ties", tied > TIED * pairs, sentence, advice
+    sentence = f"{repeated} rankings repeat an earlier prompt but for case and signs, and "
+    sentence += f"{answers['repeated']} answers another one of their prompt."
     advice = "Remove them: one of two equal prompts may be trained on and the other measured on."
     yield "duplicates", repeated > 0, sentence, advice
 

@@ -6,7 +6,7 @@ Keys, language and length follow Nectar's preparation; decontamination and near 
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from pydantic import Field
 from starling.base.errors import DataError, some
 from starling.base.hashing import hash_json
 from starling.base.seeding import numpy_generator, permutation
-from starling.data.nectar import dedup_key, normalised_words
+from starling.data.nectar import dedup_key, normalised_words, text_key
 from starling.data.records import Message, Messages, Prompt, Record
 from starling.data.rows import iter_rows
 from starling.feedback.candidates import distinct_answers
@@ -26,6 +26,9 @@ from starling.feedback.config import FeedbackInputs, FeedbackSection
 NUM_HASHES = 128
 MOST_MISSED = 0.01
 """Share of the pairs at the threshold that MinHash may overlook; none is dropped on its word."""
+
+SHORTEST_RUN = 8
+"""Words of a short turn of a benchmark that are a run by themselves (GPT-3's least n)."""
 
 EXAMPLES = 3
 
@@ -42,7 +45,8 @@ def prepare_prompts(
     """
     rules = section.prepare
     files = (iter_rows(path, Prompt, quarantine=quarantine) for path in inputs.prompts)
-    prompts, num_rows, num_answers = merge_duplicates(chain.from_iterable(files))
+    key = dedup_key if rules.duplicates == "nectar" else text_key
+    prompts, num_rows, num_answers = merge_duplicates(chain.from_iterable(files), key)
     merged = sum(len(prompt.answers) for prompt in prompts)
     removed = {"duplicates": num_rows - len(prompts)}
 
@@ -55,7 +59,7 @@ def prepare_prompts(
         keep(in_language(prompts, rules.language), "language")
     keep(of_length(prompts, rules.min_chars, rules.max_chars), "length")
     benchmarks = [read_benchmark(path, quarantine, rules.ngram) for path in inputs.benchmarks]
-    clean, overlaps = decontaminate(prompts, benchmarks, rules.ngram)
+    clean, overlaps = decontaminate(prompts, benchmarks)
     keep(clean, "contaminated")
     keep(sample_sources(prompts, rules.per_source, seed), "per_source")
     if rules.near_duplicates is not None:
@@ -77,8 +81,10 @@ def prepare_prompts(
     }
 
 
-def merge_duplicates(prompts: Iterable[Prompt]) -> tuple[list[Prompt], int, int]:
-    """One prompt for all that Nectar's key calls the same; and how many rows, and answers, came in.
+def merge_duplicates(
+    prompts: Iterable[Prompt], same: Callable[[Sequence[Message]], object]
+) -> tuple[list[Prompt], int, int]:
+    """One prompt for all with an equal key `same`; and how many rows, and answers, came in.
 
     It has the sources and answers of each, without empty ones and those that say the same.  Prompts
     graded by other checks are not the same.  Raises DataError when one id names two prompts.
@@ -89,7 +95,7 @@ def merge_duplicates(prompts: Iterable[Prompt]) -> tuple[list[Prompt], int, int]
     for prompt in prompts:
         num_rows += 1
         num_answers += len(prompt.answers)
-        key = hash_json([dedup_key(prompt.messages), prompt.checks])
+        key = hash_json([same(prompt.messages), prompt.checks])
         if named.setdefault(prompt.id, key) != key:
             raise DataError(
                 f"two different prompts have the id {prompt.id!r}. Give each its own id, or none: "
@@ -141,24 +147,26 @@ def read_benchmark(path: Path, quarantine: Path, ngram: int) -> dict[Part, str]:
         named = (name for name in (row.question_id, row.id, number) if name is not None)
         question = str(next(named))
         for turn in row.turns or _asked(row.messages):
-            parts |= dict.fromkeys(_parts(turn, ngram), question)
+            length = min(ngram, max(SHORTEST_RUN, len(normalised_words(turn))))
+            parts |= dict.fromkeys(_parts(turn, [length]), question)
     if not parts:
         raise DataError(f"{path} holds no questions. A benchmark's rows have turns or messages.")
     return parts
 
 
 def decontaminate(
-    prompts: Sequence[Prompt], benchmarks: Sequence[Mapping[Part, str]], ngram: int
+    prompts: Sequence[Prompt], benchmarks: Sequence[Mapping[Part, str]]
 ) -> tuple[list[Prompt], list[list[dict[str, str]]]]:
-    """Drop prompts with a user turn of a benchmark, or with `ngram` words in a row of one.
+    """Drop prompts with a user turn of a benchmark, or with a run of words of one.
 
     A prompt counts for the first benchmark that it overlaps; the overlaps come for each.
     """
     found: list[list[dict[str, str]]] = [[] for _ in benchmarks]
+    lengths = [sorted({len(p) for p in parts if isinstance(p, tuple)}) for parts in benchmarks]
     kept: list[Prompt] = []
     for prompt in prompts:
-        for overlaps, parts in zip(found, benchmarks, strict=True):
-            if overlap := _overlap(prompt, parts, ngram):
+        for overlaps, parts, lengths_ in zip(found, benchmarks, lengths, strict=True):
+            if overlap := _overlap(prompt, parts, lengths_):
                 overlaps.append(overlap)
                 break
         else:
@@ -166,9 +174,11 @@ def decontaminate(
     return kept, found
 
 
-def _overlap(prompt: Prompt, parts: Mapping[Part, str], ngram: int) -> dict[str, str] | None:
+def _overlap(
+    prompt: Prompt, parts: Mapping[Part, str], lengths: Sequence[int]
+) -> dict[str, str] | None:
     for turn in _asked(prompt.messages):
-        part = next((part for part in _parts(turn, ngram) if part in parts), None)
+        part = next((part for part in _parts(turn, lengths) if part in parts), None)
         if part is not None:
             match, words = ("exact", turn) if isinstance(part, str) else ("ngram", " ".join(part))
             named = {"prompt": prompt.id, "question": parts[part]}
@@ -176,9 +186,12 @@ def _overlap(prompt: Prompt, parts: Mapping[Part, str], ngram: int) -> dict[str,
     return None
 
 
-def _parts(turn: str, ngram: int) -> Iterator[Part]:
+def _parts(turn: str, lengths: Iterable[int]) -> Iterator[Part]:
+    # Nectar's key calls more the same than is, and here that is the safe side.
     yield dedup_key((Message(role="user", content=turn),))
-    yield from _runs(normalised_words(turn), ngram)
+    words = normalised_words(turn)
+    for length in lengths:
+        yield from _runs(words, length)
 
 
 def _runs(words: list[str], length: int) -> Iterator[tuple[str, ...]]:

@@ -9,6 +9,7 @@ import logging
 import signal
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 from threading import Lock
 from typing import Any, NamedTuple
@@ -25,9 +26,10 @@ from starling.data.records import Prompt
 from starling.feedback.audit import JUDGMENTS, audit_file
 from starling.feedback.canaries import draw_canaries, with_canary
 from starling.feedback.candidates import AnswerSet, Source, collect_answers, open_sources
-from starling.feedback.config import MOST_ANSWERS, FeedbackInputs, FeedbackSection
+from starling.feedback.config import MOST_ANSWERS, Candidate, FeedbackInputs, FeedbackSection
 from starling.feedback.prompts import prepare_prompts
 from starling.judging.build import build_judge
+from starling.judging.config import JudgeSection
 from starling.judging.judge import Comparison, Judge, Ranking, Unparsed
 from starling.judging.recorded import Recorded
 from starling.judging.strategies import num_calls
@@ -35,6 +37,10 @@ from starling.judging.strategies import num_calls
 logger = logging.getLogger(__name__)
 
 LOCAL_BATCH, REMOTE_BATCH = 64, 1024
+FIRST_BATCH = 64
+"""The first round is small, so that a judge that never answers is not paid for much."""
+HOPELESS = 16
+"""Prompts of a round that all fail and end the stage, whatever share may."""
 TEMPORARY = ".tmp-"
 
 
@@ -144,18 +150,23 @@ def _rounds(parts: _Parts, pace: _Pace) -> Iterator[Outcome]:
     is_local = is_local or parts.inputs.judge.kind in ("local", "logits")
     size = section.batch or (LOCAL_BATCH if is_local else REMOTE_BATCH)
     failures: list[str] = []
-    for start in range(0, len(prompts), size):
+    allowed = section.allowed_failures
+    ends = [*range(min(size, FIRST_BATCH), len(prompts), size), len(prompts)]
+    for start, end in pairwise([0, *ends]):
         pace.check()
-        batch = prompts[start : start + size]
+        batch = prompts[start:end]
         outcomes = _judge(parts, collect_answers(parts.sources, batch, parts.context.seed))
-        failures += (outcome.failure for outcome in outcomes if outcome.failure is not None)
+        failed = [outcome.failure for outcome in outcomes if outcome.failure is not None]
+        failures += failed
         # After every round, so that a judge that never answers is not paid to the end.
-        if len(failures) > section.allowed_failures * len(prompts):
+        is_hopeless = len(failed) == len(batch) >= HOPELESS
+        if is_hopeless or len(failures) > allowed * len(prompts):
+            limit = f"at most {allowed:.3g} of them may (feedback.allowed_failures)"
+            limit = f"not one of the last {len(batch)} has one" if is_hopeless else limit
             raise DataError(
-                f"{len(failures)} of {len(prompts)} prompts ended without a ranking, and at most "
-                f"{section.allowed_failures:.3g} of them may (feedback.allowed_failures). The "
-                f"first: {failures[0]}. Mend the cause, then run the same command again: what was "
-                "answered is kept."
+                f"{len(failures)} of {len(prompts)} prompts ended without a ranking, and {limit}. "
+                f"The first: {failures[0]}. Mend the cause, then run the same command again: what "
+                "was answered is kept, refusals and empty replies too."
             )
         pace.settle(_num_calls(parts, batch))
         yield from outcomes
@@ -189,12 +200,14 @@ def _judge(parts: _Parts, answer_sets: Sequence[AnswerSet]) -> list[Outcome]:
 
 def _num_calls(parts: _Parts, prompts: Sequence[Prompt]) -> int:
     """Calls that the prompts take, if every answer comes and none are alike."""
-    judge = parts.inputs.judge
-    new = sum(candidate.answers for candidate in parts.section.candidates)
-    calls = new * len(prompts)
+    judge, calls = parts.inputs.judge, 0
+    answers = sum(candidate.answers for candidate in parts.section.candidates)
     for prompt in prompts:
-        k = min(new + len(prompt.answers), MOST_ANSWERS)
-        calls += num_calls(judge.strategy, judge.repeats, k) * (1 + (prompt.id in parts.canaries))
+        k = min(len(prompt.answers) + answers, MOST_ANSWERS)
+        calls += max(0, k - len(prompt.answers))
+        if k >= 2:
+            rankings = 1 + (prompt.id in parts.canaries)
+            calls += num_calls(judge.strategy, judge.repeats, k) * rankings
     return calls
 
 
@@ -203,19 +216,24 @@ def _write(out: Path, about: dict[str, Any], outcomes: Iterator[Outcome]) -> Non
     partial = out / f"{TEMPORARY}{JUDGMENTS}"
 
     def rows() -> Iterator[dict[str, Any]]:
-        has_rows = False
+        most_places = 0
         with partial.open("wb") as judgments:
             judgments.write(dump_line(about))
             for outcome in outcomes:
                 judgments.writelines(map(dump_line, _lines(outcome)))
                 if isinstance(outcome.verdict, Ranking):
-                    has_rows = True
+                    most_places = max(most_places, len(set(outcome.verdict.ranks)))
                     yield _row(outcome.answers, outcome.verdict)
         sync_file(partial)
-        if not has_rows:
+        if most_places == 0:
             raise DataError(
                 "no prompt has two different answers, so there is nothing to rank. "
                 "Use candidates that differ, or a higher temperature."
+            )
+        if most_places == 1:
+            raise DataError(
+                "the judge prefers no answer to another in any ranking, so there is nothing to "
+                "learn. Use another judge or strategy, or candidates that differ more."
             )
 
     try:
@@ -228,10 +246,15 @@ def _write(out: Path, about: dict[str, Any], outcomes: Iterator[Outcome]) -> Non
 def _about(inputs: FeedbackInputs, counts: Mapping[str, Any]) -> dict[str, Any]:
     """The first line of judgments.jsonl: who judged, and which candidates are the same model."""
     judge = inputs.judge
-    own = [candidate.name for candidate in inputs.candidates if candidate.model == judge.model]
+    own = [each.name for each in inputs.candidates if _model(each) == _model(judge)]
     # A local model's path is this machine's, and the same run elsewhere must write the same.
     name = judge.model if judge.kind == "endpoint" else judge.kind
-    return {"judge": name, "strategy": judge.strategy, "own": own, "prompts": dict(counts)}
+    about = {"judge": name, "kind": judge.kind, "strategy": judge.strategy}
+    return {**about, "own": own, "prompts": dict(counts)}
+
+
+def _model(section: Candidate | JudgeSection) -> tuple[str, str | None]:
+    return (section.url or "").rstrip("/"), section.model
 
 
 def _lines(outcome: Outcome) -> Iterator[dict[str, Any]]:
@@ -291,15 +314,14 @@ def _summarise(report: Mapping[str, Any], calls: Mapping[str, Any], out: Path) -
     concerns = [finding for finding in report["findings"] if finding["is_concern"]]
     for finding in concerns:
         logger.warning("%s %s", finding["sentence"], finding["advice"])
-    biased = {table["is_biased"] for table in report.get("positions", {}).values()} - {None}
-    some = "a" if True in biased else "no" if biased else "too few to see a"
     num_prompts, k = sum(outcomes.values()), answers["given"] / rankings
+    tables = report.get("positions", {}).values()
     others = [f"{n} {name}" for name, n in outcomes.items() if name != "ranked"]
     dropped = f" ({', '.join(others)})" if others else ""
     return Summary(
-        f"Ranked {rankings} of {num_prompts} prompts{dropped}, {k:.1f} answers each, {some} "
-        f"preference for a place; of concern: {len(concerns)} of {len(report['findings'])} findings"
-        f" (starling audit tells them; next: starling reward) -> {out / 'rankings.jsonl'}",
+        f"Ranked {rankings} of {num_prompts} prompts{dropped}, {k:.1f} answers each; "
+        f"of concern: {len(concerns)} of {len(report['findings'])} findings "
+        f"(starling audit tells them; next: starling reward) -> {out / 'rankings.jsonl'}",
         {
             "prompts": num_prompts,
             "rankings": rankings,
@@ -309,7 +331,7 @@ def _summarise(report: Mapping[str, Any], calls: Mapping[str, Any], out: Path) -
             "failed_answers": report["candidates"]["failed"],
             "truncated_answers": answers["truncated"],
             "longer_wins": report["all"].get("longer_wins"),
-            "is_position_biased": True in biased,
+            "is_position_biased": any(table["is_biased"] for table in tables),
             "calls": calls,
         },
     )

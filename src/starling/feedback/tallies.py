@@ -8,7 +8,7 @@ from array import array
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
-from itertools import combinations
+from itertools import combinations, product
 from typing import Any
 
 from starling.base.estimate import mean_of_sums
@@ -26,6 +26,7 @@ class Tallies:
     def __init__(self) -> None:
         self.means: defaultdict[tuple[str, ...], tuple[array, array]]
         self.means = defaultdict(lambda: (array("d"), array("q")))
+        self.failed: defaultdict[tuple[str, ...], int] = defaultdict(int)
         self.facts: dict[tuple[str, ...], Any] = {}
         self._seen: set[int] = set()
 
@@ -51,7 +52,8 @@ class Tallies:
         leaves = dict(self.facts)
         for path, (sums, sizes) in self.means.items():
             # The same file has the same audit, so the seed is no run's.
-            leaves[path] = asdict(mean_of_sums(sums, sizes, seed=0))
+            failed = self.failed[path]
+            leaves[path] = asdict(mean_of_sums(sums, sizes, seed=0, num_failed=failed))
         tree: dict[str, Any] = {}
         # Numbers are names too: 2 before 10.
         for path in sorted(leaves, key=lambda path: [name.zfill(2) for name in path]):
@@ -71,12 +73,19 @@ class Tallies:
         ):
             # Among the prompt's own answers: how long an answer must be, its question decides.
             fifth = int((among - 0.5) / len(ranks) * FIFTHS) + 1
-            for group in (("models", answer.model), ("length", f"{fifth} of {FIFTHS}")):
-                found[*group, "mean_rank"].append(place)
+            groups = [("models", answer.model), ("length", f"{fifth} of {FIFTHS}")]
+            for group in groups:
                 found[*group, "win_share"].append(win)
+            groups = [(*group, "mean_rank") for group in groups]
             if nature is not None:
-                found["models", answer.model, f"mean_rank_{nature}"].append(place)
+                groups.append(("models", answer.model, f"mean_rank_{nature}"))
+            for path in groups:
+                if answer.rank is None:
+                    self.failed[path] += 1
+                else:
+                    found[path].append(place)
             self.count("answers", "given")
+            self.count("answers", "known_to_end", by=answer.finish_reason is not None)
             self.count("answers", "truncated", by=answer.finish_reason == "length")
             refused = is_refusal(answer.answer)
             self.count("answers", "refused", by=refused)
@@ -90,7 +99,9 @@ class Tallies:
         for group in [("all",), *named]:
             self.count(*group, "rankings")
             found[*group, "longer_wins"] = longer
-            if nature is not None:
+            if nature is None:
+                self.failed[*group, "good_natured"] += 1
+            else:
                 found[*group, "good_natured"] = [float(nature == "good_natured")]
         for path, values in found.items():
             self.add(*path, values=values)
@@ -135,29 +146,39 @@ class Tallies:
         for reason in line["failed"]:
             self.count("failures", reason)
         self.count("candidates", "failed", by=len(line["failed"]))
-        votes = [vote for vote in line["votes"] if vote.get("ranks") is not None]
+        votes = []
         found: defaultdict[tuple[str, ...], list[float]] = defaultdict(list)
-        for ranks in (vote["ranks"] for vote in votes):
-            table = ("positions", str(len(ranks)))
+        for vote in line["votes"]:
+            ranks, k = vote.get("ranks"), len(vote["presented"])
+            table = ("positions", str(k))
+            if ranks is None:
+                for place, name in product(range(1, k + 1), ("winner_share", "mean_rank")):
+                    self.failed[*table, "places", str(place), name] += 1
+                continue
+            votes.append(vote)
             self.count(*table, "verdicts")
             ranked = zip(shares_of_win(ranks), places(ranks), strict=True)
             for n, (win, place) in enumerate(ranked, start=1):
                 found[*table, "places", str(n), "winner_share"].append(win)
                 found[*table, "places", str(n), "mean_rank"].append(place)
-        found["judge", "kendall_w"] = [line["agreement"]] if line.get("agreement") else []
+        agreement = line.get("agreement")
+        found["judge", "kendall_w"] = [] if agreement is None else [agreement]
         found["judge", "kendall_tau"] = [*tau_of_votes(votes)]
         for path, values in found.items():
             self.add(*path, values=values)
+            self.failed[path] += not values and len(line["votes"]) > 1
 
     def _add_canary(self, kind: str, ranks: Sequence[int] | None, index: int) -> None:
-        table = ("canaries", kind)
-        self.count(*table, "unparsed", by=ranks is None)
-        if ranks is not None:
-            self.count(*table, "questions")
-            self.count(*table, "wins", by=shares_of_win(ranks)[index])
-            self.count(*table, "wins_by_chance", by=1 / len(ranks))
-            self.add(*table, "mean_rank", values=[places(ranks)[index]])
-            self.add(*table, "rank_by_chance", values=[(len(ranks) + 1) / 2])
+        for table in (("canaries", kind), ("all_canaries",)):
+            self.count(*table, "unparsed", by=ranks is None)
+            if ranks is None:
+                self.failed[*table, "way_to_last"] += 1
+            else:
+                place = places(ranks)[index]
+                self.count(*table, "questions")
+                self.count(*table, "wins", by=shares_of_win(ranks)[index])
+                # 0 is first and 1 last, among however many.
+                self.add(*table, "way_to_last", values=[(place - 1) / (len(ranks) - 1)])
 
 
 def places(ranks: Sequence[int | None]) -> list[float]:

@@ -19,7 +19,7 @@ class JudgeSection(EndpointSection):
     """Calls for a ranking of K answers: kwise 1; kwise-repeated `repeats`, each in another order;
     pairwise K(K-1), every pair in both orders; pointwise K ratings from 1 to 10."""
     repeats: int = Field(3, ge=2)
-    """kwise-repeated only: shuffles of the answers."""
+    """kwise-repeated only: orders of the answers; above K, the next multiple of K."""
     max_tokens: int = Field(2048, ge=16)
     """Longest verdict, in tokens."""
     context_length: int | None = Field(None, ge=64)

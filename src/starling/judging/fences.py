@@ -3,8 +3,8 @@
 Every block stands between lines that carry a nonce which its text does not hold, so an answer
 cannot close its own block, open another or type a turn of the conversation.  Markers by which chat
 models tell turns apart are broken up, for servers that read them in message text too.  What a judge
-quotes of a block is taken out of its reply again.  Left out: keeping a judge from obeying what
-stands inside a block; the prompts ask for that, no format can force it.
+quotes of them, with the fence or without, is taken out of its reply again.  Left out: keeping a
+judge from obeying what stands inside a block; the prompts ask for that, no format can force it.
 """
 
 import re
@@ -43,26 +43,43 @@ def opening(messages: Iterable[Message], nonce: str) -> str:
 
 
 def own_words(reply: str, task: str) -> str:
-    """The reply without the blocks of its task that it quotes: a verdict inside is not the judge's.
+    """The reply without what it quotes of its task: a verdict inside is not the judge's.
 
-    A block that is opened on a line of its own and never closed counts as quoted to the end.
+    That is blocks, to the end where one is opened on a line of its own and never closed; and, where
+    the fence is left out, lists of the task in running text.  One that has its line to itself, but
+    for a label, is the judge's: an honest ranking may well be what an answer says.
     """
     nonce = task.removeprefix(_CODE)[:NONCE_LENGTH]
-    if nonce not in reply:
-        return reply  # nothing is quoted, and patterns of a new nonce are slow to compile
-    name = rf"(?!end\b)[^<>\n]*{nonce}>>"
-    closed = rf"<<{name}.*?<<end\b[^<>\n]*{nonce}>>"
-    unclosed = rf"^[ \t>`*]*<<{name}[ \t`*]*$.*"
-    reply = re.sub(closed, "", reply, flags=re.DOTALL)
-    return re.sub(unclosed, "", reply, flags=re.DOTALL | re.MULTILINE)
+    if nonce in reply:  # patterns of a new nonce are slow to compile
+        name = rf"(?!end\b)[^<>\n]*{nonce}>>"
+        closed = rf"<<{name}.*?<<end\b[^<>\n]*{nonce}>>"
+        unclosed = rf"^[ \t>`*]*<<{name}[ \t`*]*$.*"
+        reply = re.sub(closed, "", reply, flags=re.DOTALL)
+        reply = re.sub(unclosed, "", reply, flags=re.DOTALL | re.MULTILINE)
+    shown = _SPACING.sub("", task)
+    return _LISTS.sub(
+        lambda found: "" if found["quoted"] and _SPACING.sub("", found[0]) in shown else found[0],
+        reply,
+    )
 
 
 _CODE = "The code of the blocks is "
 NONCE_LENGTH = 8
-# ChatML, Llama 3, OpenChat; DeepSeek's, with full-width bars; Llama 2 and Mistral; Gemma.
+# What may stand before a verdict on its line: signs, or words that announce it and name no answer.
+_LABEL = (
+    r"(?:[^\w\n>]*|(?![^\n]*\banswer [A-Z]\b)"
+    r"[^\n>]*\b(?i:final|rankings?|order|verdict|rating)\b[^\n]*?)"
+)
+_LIST = r"\[\s*\[[^\[\]]*(?:\]\s*,\s*\[[^\[\]]*)*\]\s*\]|\[[^\[\]]*\]"
+_LISTS = re.compile(rf"^{_LABEL}(?:{_LIST})[^\w\n\[]*$|(?P<quoted>{_LIST})", re.MULTILINE)
+_SPACING = re.compile(r"[\s'\"`]+")  # in which a quotation often differs
+# ChatML, Llama 3, OpenChat; DeepSeek's, with full-width bars; Gemma and what tools, reasoning and
+# images are wrapped in; Llama 2 and Mistral.
 _MARKER = re.compile(
     r"<(?P<bar>[|\uff5c])(?=\S)[^|<>\n\uff5c]{1,60}(?<=\S)(?P=bar)>"
-    r"|</?(?:s|bos|eos|pad|unk|start_of_turn|end_of_turn)>"
-    r"|\[/?(?:INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS)\]"
+    r"|</?(?i:s|[be]os|pad|unk|(?:start|end)_of_(?:turn|image)|image(?:_soft_token)?|sop|endoftext"
+    r"|tool_(?:call|response)s?|think(?:ing)?|reasoning)>"
+    r"|\[/?(?:INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_(?:CALLS|RESULTS|CONTENT)|THINK|gMASK"
+    r"|IMG(?:_BREAK|_END)?)\]"
     r"|<</?SYS>>"
 )

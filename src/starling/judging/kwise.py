@@ -77,9 +77,10 @@ def lay_out(
 def parse_ranking(text: str, k: int) -> list[int] | Unparsed:
     """Read the label positions (A = 0), best first, from a judge's reply.
 
-    The last `[[...]]` decides; without one the last `[...]`; without that the last bare list
-    `B, C, A`.  `[['B'], ['A']]` reads as `[['B', 'A']]`.  Anything but each of the k labels exactly
-    once is Unparsed, with an empty id: an incomplete ranking is never completed.
+    The last `[[...]]` decides; without one the last `[...]`; without that the last bare list that
+    ends its line, alone or announced, `Ranking: B, C, A`.  `[['B'], ['A']]` reads as
+    `[['B', 'A']]`.  Anything but each of the k labels exactly once is Unparsed, with an empty id:
+    an incomplete ranking is never completed.
     """
     for kind, pattern in (("[[...]]", _DOUBLE), ("[...]", _SINGLE), ("bare", _BARE)):
         found = pattern.findall(text)
@@ -95,33 +96,29 @@ def parse_ranking(text: str, k: int) -> list[int] | Unparsed:
 def parse_good_natured(text: str) -> bool | None:
     """Read whether the judge called the conversation good-natured; None where it did not say.
 
-    The first mention decides: "Good-natured: no", or Nectar's "This is a not good natured ...".
+    The first line "Good-natured: no" decides, else Nectar's "This is a not good natured ...": what
+    is said in other words is not guessed.
     """
-    mention = _GOOD_NATURED.search(text)
-    if mention is None:
-        return None
-    if mention["answer"]:
-        return mention["answer"].lower() == "yes"
-    return mention["negation"] is None
-
-
-def unshuffle(order: list[int], presented: tuple[int, ...]) -> tuple[int, ...]:
-    """Turn shown positions, best first, into each answer's rank in the order it was given."""
-    ranks = [0] * len(presented)
-    for rank, position in enumerate(order, start=1):
-        ranks[presented[position]] = rank
-    return tuple(ranks)
+    said = _LINE.search(text.lower()) or _SENTENCE.search(text.lower())
+    return None if said is None else all(word in (None, "yes") for word in said.groups())
 
 
 # One list, or several joined by commas: [['A', 'B']] and [['A'], ['B']].
 _DOUBLE = re.compile(r"\[\s*\[([^\[\]]*(?:\]\s*,\s*\[[^\[\]]*)*)\]\s*\]")
 _SINGLE = re.compile(r"\[([^\[\]]*)\]")
-# Quoted or in parentheses it may be one of the pairs: ('A', 'B') is no ranking of two answers.
-_BARE = re.compile(r"(?<![\w'\"(])([A-Z](?:\s*,\s*[A-Z])+)(?![\w'\")])")
-_GOOD_NATURED = re.compile(
-    r"(?P<negation>(?:\bnot|n't)\s+(?:an?\s+|really\s+|entirely\s+)*)?"
-    r"\bgood[- ]natured\b(?:\W{0,4}[:?]\W{0,4}(?P<answer>yes|no)\b)?",
-    re.IGNORECASE,
+# At the end of its line, alone or after what announces it.  In running text it may be anything:
+# "A, B, C are harmful, so I rank none of them."
+_BARE = re.compile(
+    r"^(?:[^>\n]*(?:[:=]|\b(?:is|ranking|order|follows))[ \t*_`]*|[^\w\n>]*)"
+    r"([A-Z](?:[ \t]*,[ \t]*[A-Z])+)[ \t.!*_`]*$",
+    re.MULTILINE,
+)
+_LINE = re.compile(
+    r"^(?:\d|[^\w\n])*(not )?good[- ]natured(?:[^\w\n]*(yes|no)\b|[ .*]*$)", re.MULTILINE
+)
+_SENTENCE = re.compile(
+    r"(?:^|[.:!])[^\w\n.:!]*this is (not )?a (not )?good[- ]natured conversation(?!\s*\?)",
+    re.MULTILINE,
 )
 
 

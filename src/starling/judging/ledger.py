@@ -5,6 +5,9 @@ recipe have the same rows.  What depends on a run's luck stands in tables of its
 often each call was in flight when a run ended; `attempts`, each that failed, and why; `timing`, how
 long each reply took.
 
+A call that has its answer is `answered`; where that is no usable reply (empty, refused, filtered),
+`reason` says so and `text` is null.
+
 A row that is committed survives `kill -9`; a power cut may cost the last moments' rows, never the
 file (synchronous = NORMAL: a commit takes 0.11 ms of the caller's time instead of 0.38).
 """
@@ -18,6 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from starling.base.errors import DataError
+from starling.models.completion import Unusable
 from starling.models.interfaces import Failure, Reply, Request, Sampling, Usage
 
 FORMAT = 1
@@ -57,7 +61,7 @@ UPDATE calls SET state = :state, text = :text, finish_reason = :finish_reason,
 WHERE key = :key
 """
 _ADD_ATTEMPT = """
-INSERT INTO attempts SELECT ?1, count(*) + 1, ?2, ?3, ?4 FROM attempts WHERE key = ?1
+INSERT INTO attempts SELECT ?1, count(*) + 1, ?2, 0, 0 FROM attempts WHERE key = ?1
 """
 # How many calls there were, how many tokens, and replies without a count of them.
 _PAST = (
@@ -78,19 +82,12 @@ class Call(NamedTuple):
     content: dict[str, Any]
 
 
-class Attempt(NamedTuple):
-    """Why an attempt failed, and what it is known to have cost."""
-
-    reason: str
-    usage: Usage = Usage(0, 0)
-
-
 class Ended(NamedTuple):
-    """What a call came to, and its failed attempts that are not in the ledger yet."""
+    """What a call came to, and why attempts failed that are not in the ledger yet."""
 
     call: Call
     outcome: Reply | Failure
-    failed: Sequence[Attempt]
+    failed: Sequence[str]
 
 
 class Past(NamedTuple):
@@ -142,8 +139,8 @@ class Ledger:
             found = [self._connection.execute(sql, [self._identity]).fetchone() for sql in _PAST]
         return Past(*(sum(row[column] or 0 for row in found) for column in range(4)))
 
-    def find_answer(self, call: Call) -> Reply | None:
-        """The recorded reply to a call, under the id of today's request."""
+    def find_answer(self, call: Call) -> Reply | Unusable | None:
+        """The recorded answer to a call, under the id of today's request."""
         with _readable_errors(self._path):
             row = self._connection.execute(
                 "SELECT * FROM calls LEFT JOIN timing USING (key) "
@@ -152,7 +149,9 @@ class Ledger:
             ).fetchone()
         if row is None:
             return None
-        usage = Usage(row["prompt_tokens"], row["response_tokens"])
+        usage = Usage(row["prompt_tokens"], row["response_tokens"] or 0)
+        if row["text"] is None:
+            return Unusable(call.request.id, row["reason"], usage=usage)
         ids = None if row["ids"] is None else tuple(json.loads(row["ids"]))
         return Reply(call.request.id, row["text"], row["finish_reason"], usage, ids, row["seconds"])
 
@@ -165,16 +164,16 @@ class Ledger:
                 connection.execute(_SEND, row)
             for call, outcome, failed in ended:
                 connection.execute(_END, _row(call.key, outcome))
-                for attempt in failed:
-                    _add_attempt(connection, call, attempt)
+                for reason in failed:
+                    connection.execute(_ADD_ATTEMPT, (call.key, reason))
                 if isinstance(outcome, Reply) and outcome.seconds is not None:
                     timing = (call.key, outcome.seconds)
                     connection.execute("INSERT OR REPLACE INTO timing VALUES (?, ?)", timing)
 
-    def write_attempt(self, call: Call, attempt: Attempt) -> None:
+    def write_attempt(self, call: Call, reason: str) -> None:
         """Commit that an attempt has failed, before there is another."""
         with self._transaction() as connection:
-            _add_attempt(connection, call, attempt)
+            connection.execute(_ADD_ATTEMPT, (call.key, reason))
 
     def close(self) -> None:
         """Close the file; the last connection to do so removes its -wal and -shm."""
@@ -204,21 +203,18 @@ def request_content(request: Request) -> dict[str, Any]:
     }
 
 
-def _add_attempt(connection: sqlite3.Connection, call: Call, attempt: Attempt) -> None:
-    reason, usage = attempt
-    row = (call.key, reason, usage.prompt_tokens, usage.response_tokens)
-    connection.execute(_ADD_ATTEMPT, row)
-
-
 def _row(key: str, outcome: Reply | Failure) -> dict[str, Any]:
     reply = outcome if isinstance(outcome, Reply) else None
+    usage = outcome.usage if isinstance(outcome, (Reply, Unusable)) else None
+    written = usage and usage.response_tokens
     return {
         "key": key,
-        "state": "failed" if reply is None else "answered",
+        "state": "failed" if usage is None else "answered",
         "text": reply and reply.text,
         "finish_reason": reply and reply.finish_reason,
-        "prompt_tokens": reply and reply.usage.prompt_tokens,
-        "response_tokens": reply and reply.usage.response_tokens,
+        "prompt_tokens": usage and usage.prompt_tokens,
+        # What is empty may hold no tokens; a 0 would say that the server did not count.
+        "response_tokens": written if reply else written or None,
         "ids": json.dumps(reply.ids) if reply and reply.ids is not None else None,
         "reason": outcome.reason if isinstance(outcome, Failure) else None,
     }

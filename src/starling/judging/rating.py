@@ -29,15 +29,14 @@ def rating_messages(question: GradedAnswer, seed: int) -> tuple[Message, ...]:
 
 
 def parse_rating(text: str) -> float | None:
-    """Read the first `[[n]]`, else the first `[n]`; None without one or outside 1..10.
+    """Read the last `[[n]]`, else the last `[n]`; None without one or outside 1..10.
 
-    First, not last: FastChat's rule (llm_judge/common.py @0e6d3e4), so that its numbers compare.
-    Its missing range check is not copied: a judge that rates out of 100 is not understood.
+    Last, for the prompt asks to end with it, and what stands before may be quoted.
     """
-    found = _DOUBLE.search(text) or _SINGLE.search(text)
-    if found is None:
+    found = _DOUBLE.findall(text) or _SINGLE.findall(text)
+    if not found:
         return None
-    score = float(found[1])
+    score = float(found[-1])
     return score if LOWEST <= score <= HIGHEST else None
 
 

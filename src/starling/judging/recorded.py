@@ -1,7 +1,8 @@
 """Record every call of a responder, so that no reply is ever paid for twice.
 
-No call whose reply reached us is repeated, in this run or a later one.  Calls in flight when a run
-is killed are sent again, and the ledger lists them.  Failures are asked again by the next run.
+No call whose reply reached us is repeated, in this run or a later one; one that is empty, refused
+or filtered stays the Failure that it was.  Calls in flight when a run is killed are sent again, and
+the ledger lists them.  Failures to get a reply are asked again by the next run.
 Caps end a run within the calls in flight: these are waited for and kept, and no more are sent.
 """
 
@@ -15,10 +16,10 @@ from pathlib import Path
 from starling.base.errors import InputError
 from starling.base.hashing import hash_json
 from starling.base.spending import Spending
-from starling.judging.ledger import Attempt, Call, Ended, Ledger, request_content
+from starling.judging.ledger import Call, Ended, Ledger, request_content
 from starling.models.completion import Unusable
 from starling.models.endpoint import Endpoint
-from starling.models.interfaces import Failure, Reply, Request, Responder, Usage
+from starling.models.interfaces import Failure, Reply, Request, Responder
 
 logger = logging.getLogger(__name__)
 
@@ -127,7 +128,7 @@ class Recorded(AbstractContextManager["Recorded"]):
 
     def _buy(self, calls: Iterable[Call]) -> Iterator[Reply | Failure]:
         flying: dict[str, Call] = {}
-        found: deque[Reply] = deque()
+        found: deque[Reply | Failure] = deque()
         # How many failed attempts of a call are in the ledger already.
         written: Counter[str] = Counter()
 
@@ -143,7 +144,7 @@ class Recorded(AbstractContextManager["Recorded"]):
                     yield call.request
 
         def may_retry(request: Request, reason: str) -> bool:
-            self._ledger.write_attempt(flying[request.id], Attempt(reason))
+            self._ledger.write_attempt(flying[request.id], reason)
             written[request.id] += 1
             self._charge(calls=1)
             return self._has_room()
@@ -183,7 +184,7 @@ class Recorded(AbstractContextManager["Recorded"]):
         for each in ended:
             yield self._used(each.outcome, is_new=True)
 
-    def _used_all(self, found: deque[Reply]) -> Iterator[Reply | Failure]:
+    def _used_all(self, found: deque[Reply | Failure]) -> Iterator[Reply | Failure]:
         while found:
             yield self._used(found.popleft(), is_new=False)
 
@@ -213,18 +214,13 @@ class Recorded(AbstractContextManager["Recorded"]):
         if self._spending is not None:
             self._spending.charge(self._model, **counts)
 
-    def _charge_new(self, outcome: Reply | Failure, failed: Sequence[Attempt]) -> None:
-        paid = [attempt.usage for attempt in failed]
-        if isinstance(outcome, Reply):
-            paid.append(outcome.usage)
-        self._charge(
-            calls=len(paid),
-            prompt_tokens=sum(usage.prompt_tokens for usage in paid),
-            response_tokens=sum(usage.response_tokens for usage in paid),
-        )
-        if isinstance(outcome, (Reply, Unusable)) and self._counts_tokens():
-            usage = outcome.usage
-            if not (usage.prompt_tokens and usage.response_tokens):
+    def _charge_new(self, outcome: Reply | Failure, failed: Sequence[str]) -> None:
+        self._charge(calls=len(failed))
+        if isinstance(outcome, (Reply, Unusable)):
+            read, written = outcome.usage.prompt_tokens, outcome.usage.response_tokens
+            self._charge(calls=1, prompt_tokens=read, response_tokens=written)
+            has_count = read and (written or isinstance(outcome, Unusable))
+            if self._counts_tokens() and not has_count:
                 self._end = self._end or self._uncounted()
 
     def _charge_past(self) -> None:
@@ -278,10 +274,7 @@ class Recorded(AbstractContextManager["Recorded"]):
             repeats[hashed] += 1
 
 
-def _failed_attempts(outcome: Reply | Failure) -> list[Attempt]:
-    """The attempts that failed; a Failure ends with one."""
-    failed = [Attempt(reason) for reason in outcome.failed_attempts]
-    if isinstance(outcome, Failure):
-        usage = outcome.usage if isinstance(outcome, Unusable) else Usage(0, 0)
-        failed.append(Attempt(outcome.reason, usage))
-    return failed
+def _failed_attempts(outcome: Reply | Failure) -> list[str]:
+    """Why attempts failed; a Failure without a reply ends with one."""
+    has_reply = isinstance(outcome, (Reply, Unusable))
+    return [*outcome.failed_attempts, *([] if has_reply else [outcome.reason])]

@@ -1,7 +1,8 @@
 """Four ways to make a ranking of K answers out of calls, each a list of questions and a rule.
 
 kwise            1 call that ranks all K, shuffled, every pair walked through
-kwise-repeated   `repeats` such calls, the answers at evenly spread places; aggregated
+kwise-repeated   `repeats` such calls or, above K, the next multiple of K, so that every answer has
+                 every place as often; aggregated
 pairwise         K(K-1) calls, every pair in both orders; aggregated
 pointwise        K ratings from 1 to 10
 
@@ -66,7 +67,8 @@ def choose_strategy(
 
 def num_calls(name: str, repeats: int, k: int) -> int:
     """Calls for one ranking of k answers."""
-    return {"kwise": 1, "kwise-repeated": repeats, "pairwise": k * (k - 1), "pointwise": k}[name]
+    even = -(-repeats // k) * k if repeats > k else repeats
+    return {"kwise": 1, "kwise-repeated": even, "pairwise": k * (k - 1), "pointwise": k}[name]
 
 
 def rating_question(answer: GradedAnswer, seed: int, place: int = 0) -> Question:
@@ -83,7 +85,7 @@ def _ask_repeatedly(comparison: Comparison, seed: int, *, repeats: int) -> list[
     k = len(comparison.answers)
     turns = min(repeats, k)
     questions = [_question(f"{comparison.id}/0", comparison.id, present(comparison, seed))]
-    for number in range(1, repeats):
+    for number in range(1, num_calls("kwise-repeated", repeats, k)):
         key = f"{comparison.id}/{number}"
         rng = python_generator(seed, f"judging/present/{key}")
         if number % turns == 0:
@@ -143,6 +145,12 @@ def _conclude_pairs(comparison: Comparison, votes: tuple[Vote, ...]) -> Verdict:
         why = f", and the pairs read in both orders do not connect all {k} answers"
         return _unparsed(comparison, votes, why)
     ranks = _aggregate([vote for pair in both for vote in pair], k)
+    compared = {pair[0].presented for pair in both}
+    for tied in combinations(range(k), 2):
+        # Equal strengths of two that never met say only that nothing tells them apart.
+        if ranks[tied[0]] == ranks[tied[1]] and tied not in compared:
+            why = f", and answers {tied[0] + 1} and {tied[1] + 1}, not compared, come out equal"
+            return _unparsed(comparison, votes, why)
     return Ranking(comparison.id, ranks, votes, _good_natured(votes))
 
 

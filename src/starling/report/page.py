@@ -27,7 +27,7 @@ CHARTS = (
     ("Reward and gold against KL", "overoptimisation", "ppo", "PPO validations"),
     ("Response length", "length", "ppo", "PPO metrics"),
     ("Reward model against length", "accuracy", "reward", "reward-model accuracy"),
-    ("Does the judge prefer a place?", "positions", "feedback", "judge audit"),
+    ("Does the judge prefer a place?", "positions", "feedback", "verdict with places"),
 )
 """Title, name (`figures` draws it, `words.html.j2` explains it), stage, and the data it needs."""
 
