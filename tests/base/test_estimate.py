@@ -178,3 +178,9 @@ def test_whole_numbers_are_values_too():
 def test_failures_are_carried_along_and_shown():
     estimate = bootstrap_mean([0.0, 1.0], seed=0, num_failed=3)
     assert estimate == Estimate(0.5, 0.0, 1.0, n=2, num_failed=3)
+
+
+def test_an_estimate_is_written_for_people():
+    assert str(Estimate(0.5, 0.0, 1.0, n=2)) == "0.50 [0.00, 1.00] n=2"
+    assert str(Estimate(0.5, 0.0, 1.0, n=2, num_failed=3)) == "0.50 [0.00, 1.00] n=2 failed=3"
+    assert str(Estimate(2.0, None, None, n=1)) == "2.00 [unknown] n=1"

@@ -5,10 +5,14 @@ from pydantic import ValidationError
 
 from starling.base.context import Context
 from starling.base.errors import InputError
+from starling.data.records import Message
 from starling.judging.build import build_judge
 from starling.judging.config import JudgeSection
+from starling.judging.judge import Comparison, Unparsed
+from starling.judging.kwise import present
 from starling.judging.recorded import Recorded
 from starling.judging.rubric_responder import RubricResponder
+from starling.models.causal_lm import load_language_model
 from starling.models.endpoint import Endpoint
 
 CONTEXT = Context(rank=0, world_size=1, device="cpu", threads=1)
@@ -59,3 +63,17 @@ def test_a_section_with_a_key_in_its_url_is_refused_where_the_recipe_is_read(url
     with pytest.raises(ValidationError) as caught:
         JudgeSection(url=url, model="m")
     assert "sk-1" not in str(caught.value.errors()[0]["msg"])
+
+
+def test_a_served_model_whose_tokenizer_is_known_has_its_questions_counted(policy_folder):
+    judge = build(
+        url="http://127.0.0.1:9/v1", model="m", tokenizer=str(policy_folder), context_length=64
+    )
+    asked = Comparison("a", (Message(role="user", content="Name a fruit."),), ("plum", "pear"))
+    [verdict] = judge.rank([asked])
+    codec = load_language_model(str(policy_folder)).codec
+    shown = present(asked, 3)
+    length = len(codec.encode(shown.messages, generation_prompt=True).ids)
+    assert isinstance(verdict, Unparsed)
+    assert f"{length} tokens" in verdict.reason
+    assert "about" not in verdict.reason

@@ -366,3 +366,10 @@ def test_the_charts_carry_no_date_and_no_address_to_load(run: Path) -> None:
         svg = base64.b64decode(encoded).decode()
         assert "<metadata" not in svg
         assert not re.search(r'(?:href|src)="(?!#)', svg)
+
+
+def test_the_caption_of_a_chart_gives_its_figures_as_people_write_them(run: Path) -> None:
+    content = write_report(run).read_text(encoding="utf-8")
+    assert "better answer scores higher: 0.83 [0.72, 0.95] n=8." in content
+    assert "gives 0.61 [0.50, 0.73] n=8." in content
+    assert "Estimate(" not in content

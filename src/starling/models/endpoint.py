@@ -88,7 +88,7 @@ class Endpoint:
         self.url = url.rstrip("/")
         self.model = model
         self.identity = f"{self.url} {model}" + (f" as {codec.format.name}" if codec else "")
-        self._codec = codec
+        self.codec = codec
         self._route = "completions" if codec else "chat/completions"
         self._api_key_env = api_key_env
         self._api_key = _read_key(api_key_env)
@@ -287,7 +287,7 @@ class Endpoint:
         import aiohttp
         import openai
 
-        body = settings(request, self._codec) | prompt
+        body = settings(request, self.codec) | prompt
         body |= {"model": self.model, self._limit_name: request.sampling.max_tokens}
         body = {key: value for key, value in body.items() if key not in self._refused}
         try:
@@ -309,16 +309,16 @@ class Endpoint:
 
     def _prompt(self, request: Request) -> dict:
         """The conversation as the route wants it: messages, or ids."""
-        if self._codec is None:
+        if self.codec is None:
             if request.mode is not None and not self._has_warned_of_mode:
                 self._has_warned_of_mode = True
                 logger.warning("%s: no mode is sent; %r is ignored", self.url, request.mode)
             return {"messages": [message.model_dump() for message in request.messages]}
-        encoded = self._codec.encode(request.messages, mode=request.mode, generation_prompt=True)
+        encoded = self.codec.encode(request.messages, mode=request.mode, generation_prompt=True)
         return {"prompt": encoded.ids, "return_token_ids": True}
 
     def _answer(self, request: Request, prompt: dict) -> Answer:
-        return Answer(request, prompt.get("prompt", []), self._codec, self._api_key)
+        return Answer(request, prompt.get("prompt", []), self.codec, self._api_key)
 
     def _clean(self, message: str) -> str:
         return clean(message, self._api_key)
