@@ -201,7 +201,7 @@ def _answers(tables: Mapping[str, Any]) -> Iterator[Finding]:
         yield "ties", tied > TIED * pairs, sentence, advice
     sentence = f"{repeated} rankings repeat an earlier prompt but for case and signs, and "
     sentence += f"{answers['repeated']} answers another one of their prompt."
-    advice = "Remove them: one of two equal prompts may be trained on and the other measured on."
+    advice = "feedback.prepare.duplicates: nectar leaves out all but the first of each."
     yield "duplicates", repeated > 0, sentence, advice
 
 
