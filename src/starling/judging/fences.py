@@ -56,22 +56,34 @@ def own_words(reply: str, task: str) -> str:
         unclosed = rf"^[ \t>`*]*<<{name}[ \t`*]*$.*"
         reply = re.sub(closed, "", reply, flags=re.DOTALL)
         reply = re.sub(unclosed, "", reply, flags=re.DOTALL | re.MULTILINE)
-    shown = _SPACING.sub("", task)
-    return _LISTS.sub(
-        lambda found: "" if found["quoted"] and _SPACING.sub("", found[0]) in shown else found[0],
-        reply,
-    )
+    shown = ""
+
+    def read(found: re.Match[str]) -> str:
+        nonlocal shown
+        if _is_announced(found):
+            return found[0]
+        shown = shown or _SPACING.sub("", task)
+        return "" if _SPACING.sub("", found[0]) in shown else found[0]
+
+    return _LIST.sub(read, reply)
+
+
+def _is_announced(found: re.Match[str]) -> bool:
+    """Whether a list has its line to itself, but for what announces it and names no answer."""
+    before = found.string[max(0, found.start() - LONGEST_LABEL) : found.start()]
+    before = before.rpartition("\n")[2]
+    after = found.string[found.end() : found.end() + LONGEST_LABEL].partition("\n")[0]
+    if re.search(r"[\w\[]", after) or ">" in before or re.search(r"\banswer [A-Z]\b", before):
+        return False
+    return not re.search(r"\w", before) or _ANNOUNCES.search(before) is not None
 
 
 _CODE = "The code of the blocks is "
 NONCE_LENGTH = 8
-# What may stand before a verdict on its line: signs, or words that announce it and name no answer.
-_LABEL = (
-    r"(?:[^\w\n>]*|(?![^\n]*\banswer [A-Z]\b)"
-    r"[^\n>]*\b(?i:final|rankings?|order|verdict|rating)\b[^\n]*?)"
-)
-_LIST = r"\[\s*\[[^\[\]]*(?:\]\s*,\s*\[[^\[\]]*)*\]\s*\]|\[[^\[\]]*\]"
-_LISTS = re.compile(rf"^{_LABEL}(?:{_LIST})[^\w\n\[]*$|(?P<quoted>{_LIST})", re.MULTILINE)
+LONGEST_LABEL = 200
+"""Characters of its line, before and after, by which a verdict is told from a quotation."""
+_ANNOUNCES = re.compile(r"\b(?:final|rankings?|order|verdict|rating)\b", re.IGNORECASE)
+_LIST = re.compile(r"\[\s*\[[^\[\]]*(?:\]\s*,\s*\[[^\[\]]*)*\]\s*\]|\[[^\[\]]*\]")
 _SPACING = re.compile(r"[\s'\"`]+")  # in which a quotation often differs
 # ChatML, Llama 3, OpenChat; DeepSeek's, with full-width bars; Gemma and what tools, reasoning and
 # images are wrapped in; Llama 2 and Mistral.
