@@ -481,10 +481,11 @@ CHANGES = {
     ],
     ("judging/fences.py", "tests/judging/test_fences.py"): [
         ("{break_markers(text)}\\n", "{text}\\n"),
-        ('if found["quoted"] and', "if"),
-        (' and _SPACING.sub("", found[0]) in shown', ""),
-        ('_SPACING.sub("", found[0])', "found[0]"),
-        ("[^\\w\\n>]|", "[^\\w\\n]|"),
+        ('return "" if _SPACING.sub("", found[0]) in shown else found[0]', 'return ""'),
+        ('_SPACING.sub("", found[0]) in shown', "found[0] in shown"),
+        ("if _is_announced(found):", "if True:"),
+        ("if re.search(r\"[\\w\\[]\", after) or", "if"),
+        ('or ">" in before', ""),
         ("</?(?i:s|", "</?(?:s|"),
     ],
     ("judging/logits.py", "tests/judging/test_logits.py"): [
