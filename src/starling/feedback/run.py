@@ -8,7 +8,6 @@ that take their names after the last one, so memory holds one round of answers.
 import logging
 import signal
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 from threading import Lock
@@ -277,9 +276,9 @@ def _lines(outcome: Outcome) -> Iterator[dict[str, Any]]:
 
 
 def _verdict(verdict: Ranking | Unparsed) -> dict[str, Any]:
-    fields = asdict(verdict)
-    votes = [_without(vote | vote["usage"], "usage", "seconds", "usd") for vote in fields["votes"]]
-    return _without(fields, "id", "text") | {"votes": votes}
+    told = [vars(vote) | vars(vote.usage) for vote in verdict.votes]
+    votes = [_without(vote, "usage", "seconds", "usd") for vote in told]
+    return _without(vars(verdict), "id", "text") | {"votes": votes}
 
 
 def _without(fields: dict[str, Any], *names: str) -> dict[str, Any]:
