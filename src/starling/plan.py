@@ -3,7 +3,7 @@
 Prompts are prepared as the stage prepares them; nothing is written in the run folder.  Every answer
 and every verdict is taken to be as long as its limit, and every call to work at once.  Tokens are
 estimated at four characters each, as Nectar's authors did; Chinese, for one, has up to four times
-as many.
+as many.  So a figure is no bound, nor are calls that are repeated after a failure in it.
 """
 
 from collections.abc import Iterator, Sequence
@@ -33,7 +33,7 @@ BLOCK_TOKENS, PAIR_TOKENS = 16, 3
 
 
 class Calls(NamedTuple):
-    """Calls of one kind to `model`, None where they are free; at most so many tokens."""
+    """Calls of one kind to `model`, None where they are free; about so many tokens."""
 
     who: str
     model: str | None
@@ -43,7 +43,7 @@ class Calls(NamedTuple):
 
 
 def make_plan(recipe: Recipe, folder: Path, out: Path, *, only: str | None = None) -> str:
-    """The calls of the stages, or of `only` one, a line each, and what they cost at most in all."""
+    """The calls of the stages, or of `only` one, a line each, and about what they cost in all."""
     prices = Spending(recipe.run.prices)
     lines, total, unpriced = [], 0.0, set[str]()
     num_paid = 0
@@ -58,12 +58,12 @@ def make_plan(recipe: Recipe, folder: Path, out: Path, *, only: str | None = Non
         lines.append(
             f"{name}: {calls.who}: {calls.calls:,} calls to {calls.model}, "
             f"{calls.prompt_tokens / 1e6:,.2f}M tokens read, {calls.response_tokens / 1e6:,.2f}M "
-            f"written: {'no price known' if cost is None else f'at most ${cost:,.2f}'}"
+            f"written: {'no price known' if cost is None else f'about ${cost:,.2f}'}"
         )
-    known = f"in all: {num_paid:,} calls to endpoints, at most ${total:,.2f}"
+    known = f"in all: {num_paid:,} calls to endpoints, about ${total:,.2f}"
     priced = ", ".join(recipe.run.prices) or "no model"
     named = f" and what {', '.join(sorted(unpriced))} cost (run.prices names {priced})"
-    lines.append(known + (named if unpriced else ""))
+    lines.append(f"{known}{named if unpriced else ''}, every reply at its limit")
     if recipe.run.max_usd is not None:
         lines.append(f"run.max_usd stops it at ${recipe.run.max_usd:,.2f}")
     if any((out / name / "calls.sqlite").exists() for name in inputs):

@@ -94,7 +94,8 @@ class Spending:
         if self._max_usd is not None and (usd or 0.0) >= self._max_usd:
             return f"max_usd is {_dollars(self._max_usd)}, and {_dollars(usd or 0.0)} are spent"
         if self._max_calls is not None and calls >= self._max_calls:
-            return f"max_calls is {self._max_calls:,}, and {calls:,} calls have ended"
+            ended = "1 call has" if calls == 1 else f"{calls:,} calls have"
+            return f"max_calls is {self._max_calls:,}, and {ended} ended"
         if self._max_tokens is not None and tokens >= self._max_tokens:
             return f"max_tokens is {self._max_tokens:,}, and {tokens:,} tokens were used"
         return None
@@ -123,7 +124,7 @@ class Spending:
             return ""
         if usd is not None:
             return _dollars(usd)
-        return f"{calls:,} calls, {_short(tokens)} tokens"
+        return f"{calls:,} call{'s' if calls > 1 else ''}, {_short(tokens)} tokens"
 
     def _sums(self) -> tuple[float | None, int, int]:
         """Dollars (None where no model has a price), calls and tokens of all models."""

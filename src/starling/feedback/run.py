@@ -39,7 +39,7 @@ LOCAL_BATCH, REMOTE_BATCH = 64, 1024
 FIRST_BATCH = 64
 """The first round is small, so that a judge that never answers is not paid for much."""
 HOPELESS = 16
-"""Prompts of a round that all fail and end the stage, whatever share may."""
+"""Prompts of a round that all fail and end the stage, whatever share may, if none was ranked."""
 TEMPORARY = ".tmp-"
 
 
@@ -149,6 +149,7 @@ def _rounds(parts: _Parts, pace: _Pace) -> Iterator[Outcome]:
     is_local = is_local or parts.inputs.judge.kind in ("local", "logits")
     size = section.batch or (LOCAL_BATCH if is_local else REMOTE_BATCH)
     failures: list[str] = []
+    has_ranked = False
     allowed = section.allowed_failures
     ends = [*range(min(size, FIRST_BATCH), len(prompts), size), len(prompts)]
     for start, end in pairwise([0, *ends]):
@@ -157,15 +158,18 @@ def _rounds(parts: _Parts, pace: _Pace) -> Iterator[Outcome]:
         outcomes = _judge(parts, collect_answers(parts.sources, batch, parts.context.seed))
         failed = [outcome.failure for outcome in outcomes if outcome.failure is not None]
         failures += failed
-        # After every round, so that a judge that never answers is not paid to the end.
-        is_hopeless = len(failed) == len(batch) >= HOPELESS
+        has_ranked |= any(isinstance(outcome.verdict, Ranking) for outcome in outcomes)
+        # After every round, so that a judge that never answers is not paid to the end.  One that
+        # has answered may refuse a whole round, and would again in every later run.
+        is_hopeless = not has_ranked and len(failed) == len(batch) >= HOPELESS
         if is_hopeless or len(failures) > allowed * len(prompts):
             limit = f"at most {allowed:.3g} of them may (feedback.allowed_failures)"
-            limit = f"not one of the last {len(batch)} has one" if is_hopeless else limit
+            limit = f"not one of the first {end} has one" if is_hopeless else limit
             raise DataError(
                 f"{len(failures)} of {len(prompts)} prompts ended without a ranking, and {limit}. "
                 f"The first: {failures[0]}. Mend the cause, then run the same command again: what "
-                "was answered is kept, refusals and empty replies too."
+                "was answered is kept, refusals and empty replies too; against those helps another "
+                "judge."
             )
         pace.settle(_num_calls(parts, batch))
         yield from outcomes

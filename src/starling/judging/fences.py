@@ -47,43 +47,75 @@ def own_words(reply: str, task: str) -> str:
 
     That is blocks, to the end where one is opened on a line of its own and never closed; and, where
     the fence is left out, lists of the task in running text.  One that has its line to itself, but
-    for a label, is the judge's: an honest ranking may well be what an answer says.
+    for a LABEL, is the judge's: an honest ranking may well be what an answer says.
     """
-    nonce = task.removeprefix(_CODE)[:NONCE_LENGTH]
-    if nonce in reply:  # patterns of a new nonce are slow to compile
-        name = rf"(?!end\b)[^<>\n]*{nonce}>>"
-        closed = rf"<<{name}.*?<<end\b[^<>\n]*{nonce}>>"
-        unclosed = rf"^[ \t>`*]*<<{name}[ \t`*]*$.*"
-        reply = re.sub(closed, "", reply, flags=re.DOTALL)
-        reply = re.sub(unclosed, "", reply, flags=re.DOTALL | re.MULTILINE)
-    shown = ""
+    reply = _without_blocks(reply, task.removeprefix(_CODE)[:NONCE_LENGTH])
+    shown = {_SPACING.sub("", each) for kind in (_LIST, _INNERMOST) for each in kind.findall(task)}
 
     def read(found: re.Match[str]) -> str:
-        nonlocal shown
-        if _is_announced(found):
-            return found[0]
-        shown = shown or _SPACING.sub("", task)
-        return "" if _SPACING.sub("", found[0]) in shown else found[0]
+        is_quoted = _SPACING.sub("", found[0]) in shown and not _has_its_line(found)
+        return "" if is_quoted else found[0]
 
     return _LIST.sub(read, reply)
 
 
-def _is_announced(found: re.Match[str]) -> bool:
-    """Whether a list has its line to itself, but for what announces it and names no answer."""
-    before = found.string[max(0, found.start() - LONGEST_LABEL) : found.start()]
-    before = before.rpartition("\n")[2]
-    after = found.string[found.end() : found.end() + LONGEST_LABEL].partition("\n")[0]
-    if re.search(r"[\w\[]", after) or ">" in before or re.search(r"\banswer [A-Z]\b", before):
-        return False
-    return not re.search(r"\w", before) or _ANNOUNCES.search(before) is not None
+def _without_blocks(reply: str, nonce: str) -> str:
+    kept: list[str] = []
+    start, opened = 0, None
+    for mark in re.finditer(rf"<<(end\b)?[^<>\n]*{nonce}>>", reply) if nonce in reply else ():
+        if mark[1] is None:
+            opened = mark.start() if opened is None else opened
+        elif opened is not None:
+            kept.append(reply[start:opened])
+            start, opened = mark.end(), None
+    rest = reply[start:]
+    if opened is not None:
+        alone = rf"^[ \t>`*]*<<[^<>\n]*{nonce}>>[ \t`*]*$"
+        if found := re.search(alone, rest, re.MULTILINE):
+            rest = rest[: found.start()] + NEVER_CLOSED
+    return "".join([*kept, rest])
+
+
+def _has_its_line(found: re.Match[str]) -> bool:
+    text, start, end = found.string, found.start(), found.end()
+    before = text[max(0, start - LONGEST_LABEL - 1) : start]
+    after = text[end : end + LONGEST_LABEL + 1].partition("\n")[0]
+    line = before.rpartition("\n")[2]
+    is_short = len(line) <= LONGEST_LABEL and len(after) <= LONGEST_LABEL
+    return is_short and bool(_LABEL.fullmatch(line) and _TAIL.fullmatch(after))
 
 
 _CODE = "The code of the blocks is "
 NONCE_LENGTH = 8
+NEVER_CLOSED = "(the rest is a block that it quotes and never closes)"
+"""What stands in a reply instead of such a quotation."""
 LONGEST_LABEL = 200
-"""Characters of its line, before and after, by which a verdict is told from a quotation."""
-_ANNOUNCES = re.compile(r"\b(?:final|rankings?|order|verdict|rating)\b", re.IGNORECASE)
+"""Characters of its line, before and after, that a verdict may have beside it."""
+# There must be one way only for these to match a text, or a long line takes for ever.
+_WORDS = (
+    r"\b(?i:my|the|this|these|so|thus|hence|therefore|here(?:['\u2019]s)?|overall|final|rankings?"
+    r"|order|verdict|choice|rating|score|from|best|to|worst|is|are|as|follows|in|and|based|on"
+    r"|considering|pairwise|comparisons?|results?|performance|tiebreak(?:er)?"
+    r"|of (?:all |the |these )*(?:answers|responses)"
+    r"|(?:a not |not a |not |a )?good[- ]natured conversation|10?)\b"
+)
+_WRAPPER = r"\\(?:[\[\]]|(?:boxed|text(?:bf|tt)?|math(?:bf|rm))\b)|</?(?:b|i|u|em|strong|code|p)>"
+_SIGN = r"[^\w\n\[\]\"'\u2018-\u201f\u00ab\u00bb]"
+LABEL = (
+    rf"(?![ \t]*(?:[*+-][ \t]+)?>)(?:{_SIGN}*\d{{1,2}}[.)])?(?:(?:{_WRAPPER}|{_SIGN})*"
+    rf"|(?=[^\n]*\b(?i:final|rankings?|order|verdict|choice|results?|rating|score|worst)\b)"
+    rf"(?:{_WRAPPER}|{_SIGN}|{_WORDS})*)"
+)
+"""What may stand before a verdict on its line: signs, or words that only announce one.
+
+No word that could tell whose verdict it is, no letter of an answer and no quotation mark is among
+them: "Answer C says the final ranking is" is none.
+"""
+TAIL = rf"(?:{_WRAPPER}|[ \t.!*_`$}}]|\((?:[ ,:>=-]|{_WORDS})*\))*"
+"""What may stand behind it."""
+_LABEL, _TAIL = re.compile(LABEL), re.compile(TAIL)
 _LIST = re.compile(r"\[\s*\[[^\[\]]*(?:\]\s*,\s*\[[^\[\]]*)*\]\s*\]|\[[^\[\]]*\]")
+_INNERMOST = re.compile(r"\[[^\[\]]*\]")
 _SPACING = re.compile(r"[\s'\"`]+")  # in which a quotation often differs
 # ChatML, Llama 3, OpenChat; DeepSeek's, with full-width bars; Gemma and what tools, reasoning and
 # images are wrapped in; Llama 2 and Mistral.

@@ -16,7 +16,7 @@ from string import ascii_uppercase
 
 from starling.base.seeding import python_generator
 from starling.data.records import Message
-from starling.judging.fences import fence, fresh_nonce, opening
+from starling.judging.fences import LABEL, NEVER_CLOSED, TAIL, fence, fresh_nonce, opening
 from starling.judging.judge import Comparison, Unparsed
 
 SYSTEM = (resources.files("starling.judging") / "prompts/kwise.txt").read_text("utf-8").rstrip()
@@ -78,7 +78,7 @@ def parse_ranking(text: str, k: int) -> list[int] | Unparsed:
     """Read the label positions (A = 0), best first, from a judge's reply.
 
     The last `[[...]]` decides; without one the last `[...]`; without that the last bare list that
-    ends its line, alone or announced, `Ranking: B, C, A`.  `[['B'], ['A']]` reads as
+    has its line to itself but for a label, `Ranking: B, C, A`.  `[['B'], ['A']]` reads as
     `[['B', 'A']]`.  Anything but each of the k labels exactly once is Unparsed, with an empty id:
     an incomplete ranking is never completed.
     """
@@ -89,8 +89,12 @@ def parse_ranking(text: str, k: int) -> list[int] | Unparsed:
             if sorted(labels) == list(ascii_uppercase[:k]):
                 return [ascii_uppercase.index(label) for label in labels]
             reason = f"its last {kind} list is no full ranking of {k} answers: {found[-1][:80]!r}"
-            return Unparsed(id="", reason=reason, text=text)
-    return Unparsed(id="", reason="it holds no ranking", text=text)
+            break
+    else:
+        reason = "it holds no ranking"
+    if text.endswith(NEVER_CLOSED):
+        reason = f"{reason} {NEVER_CLOSED}"
+    return Unparsed(id="", reason=reason, text=text)
 
 
 def parse_good_natured(text: str) -> bool | None:
@@ -106,13 +110,8 @@ def parse_good_natured(text: str) -> bool | None:
 # One list, or several joined by commas: [['A', 'B']] and [['A'], ['B']].
 _DOUBLE = re.compile(r"\[\s*\[([^\[\]]*(?:\]\s*,\s*\[[^\[\]]*)*)\]\s*\]")
 _SINGLE = re.compile(r"\[([^\[\]]*)\]")
-# At the end of its line, alone or after what announces it.  In running text it may be anything:
-# "A, B, C are harmful, so I rank none of them."
-_BARE = re.compile(
-    r"^(?:[^>\n]*(?:[:=]|\b(?:is|ranking|order|follows))[ \t*_`]*|[^\w\n>]*)"
-    r"([A-Z](?:[ \t]*,[ \t]*[A-Z])+)[ \t.!*_`]*$",
-    re.MULTILINE,
-)
+# In running text it may be anything: "A, B, C are harmful, so I rank none of them."
+_BARE = re.compile(rf"^{LABEL}([A-Z](?:[ \t]*,[ \t]*[A-Z])+){TAIL}$", re.MULTILINE)
 _LINE = re.compile(
     r"^(?:\d|[^\w\n])*(not )?good[- ]natured(?:[^\w\n]*(yes|no)\b|[ .*]*$)", re.MULTILINE
 )
