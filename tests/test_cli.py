@@ -107,6 +107,8 @@ def run_starling(*arguments: str, code: str = "") -> subprocess.CompletedProcess
         (["runn", "laptop"], 2),
         (["chat", "--help"], 0),
         (["chat", "model", "--temperature", "-1"], 2),
+        (["score", "--help"], 0),
+        (["score", "model"], 2),
         (["tokens", "--help"], 0),
         (["tokens", "--file", "absent.json"], 2),
         (["tokens", "--json"], 0),
@@ -151,7 +153,7 @@ def test_an_unknown_packaged_recipe_is_refused_with_those_there_are(capsys):
     assert cli.main(["recipe", "dmo"]) == 2
     shown = capsys.readouterr()
     assert shown.out == ""
-    assert "Did you mean demo? Packaged are demo, laptop, starling-7b-beta." in shown.err
+    assert "Did you mean demo? Packaged are demo, laptop, starling-7b-beta, starling-rm-34b" in shown.err
 
 
 def test_the_resolved_recipe_goes_to_stdout_and_nothing_runs(recipe, runs, capsys):

@@ -359,7 +359,7 @@ READERS = {
     "judge": ("judging", "inputs.py", "models/endpoint.py"),
     "sft": ("sft", "models", "inputs.py"),
     "feedback": ("feedback", "inputs.py", "models/endpoint.py"),
-    "reward": ("reward", "models/training.py", "inputs.py"),
+    "reward": ("reward", "models/training.py", "models/adapters.py", "inputs.py"),
     "ppo": ("ppo", "models/training.py", "inputs.py"),
     "bench": ("bench", "inputs.py"),
     "run": ("pipeline.py", "cli.py", "base/spending.py"),

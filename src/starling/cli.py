@@ -282,6 +282,76 @@ def _nectar(source: str, target: Path, *, sample: int | None = None, seed: int =
     print(f"{number} rankings -> {target}")
 
 
+class Server(NamedTuple):
+    """Where a reward model is served."""
+
+    url: str | None = None
+    """Server that holds the model (vllm serve FOLDER --runner pooling), e.g. http://localhost:8000;
+    the folder then only says how to read and normalise."""
+    served_model: str | None = None
+    """The model's name at the server; absent, the only one."""
+    api_key_env: str | None = None
+    """Name of the environment variable that holds the server's key."""
+
+
+HERE = Server()
+
+
+def _score(
+    model: str,
+    *,
+    file: Path | None = None,
+    pairs: Path | None = None,
+    out: Path | None = None,
+    device: str | None = None,
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32",
+    server: Annotated[Server, tyro.conf.arg(name="")] = HERE,
+) -> None:
+    """Score conversations with a reward model, or measure it on pairs.
+
+    Args:
+        model: Run folder, folder or hub id of a reward model.
+        file: JSONL conversations, each with messages that end with the assistant's turn.
+        pairs: JSONL pairs in RewardBench's columns: prompt, chosen, rejected, subset.
+        out: File for the scores, JSONL, or the pairs' figures, JSON; absent, standard output.
+        device: cpu or cuda; absent, a GPU when there is one.
+        dtype: Arithmetic of the model; auto is as stored.
+        server: Where the model is, when not here.
+    """
+    if (file is None) == (pairs is None):
+        raise InputError("what is to be scored? Give --file conversations.jsonl or --pairs FILE")
+    from starling.base.context import choose_device
+    from starling.base.jsonl import dump_line, write_json, write_records
+    from starling.data.reward_pairs import RewardPair
+    from starling.data.rows import read_rows
+    from starling.models.reward_model import RewardModel
+    from starling.models.served_reward import ServedRewardModel
+    from starling.reward import score
+
+    quarantine = (out or Path("scores.jsonl")).with_name("quarantine.jsonl")
+    items = score.read_conversations(file, quarantine) if file else []
+    rows = read_rows(pairs, RewardPair, quarantine=quarantine) if pairs else []
+    name = score.find_reward_model(model)
+    url, served_model, api_key_env = server
+    if url is None:
+        reward_model = RewardModel.load(name, device=choose_device(device), dtype=dtype)
+    else:
+        reward_model = ServedRewardModel.connect(
+            url, name, served_model=served_model, api_key_env=api_key_env
+        )
+    if rows:
+        figures = score.measure_pairs(reward_model, rows)
+        print(score.as_table(figures))
+        if out is not None:
+            write_json(out, figures)
+    elif out is not None:
+        write_records(out, score.score_rows(reward_model, items))
+        print(f"{len(items)} scores -> {out}")
+    else:
+        for row in score.score_rows(reward_model, items):
+            print(dump_line(row).decode(), end="")
+
+
 def _report(run: Path) -> None:
     """Write report.html of a run again.
 
@@ -303,6 +373,7 @@ COMMANDS = {
     "audit": Command("FILE [--out FILE]", "what decides rankings beside the answers", _audit),
     "pairs": Command("FILE [--kind KIND]", "rankings as pairs, for other programs", _pairs),
     "nectar": Command("FROM TO", "rankings in Nectar's columns, JSONL or parquet", _nectar),
+    "score": Command("MODEL --file FILE", "conversations as a reward model scores them", _score),
     "chat": Command("MODEL", "talk to a run's policy, a folder, a .gguf file or a URL", _chat),
     "tokens": Command("[MODEL] [--file FILE]", "what a model reads: text, ids and mask", _tokens),
     "report": Command("RUN", "write a run's report.html again", _report),

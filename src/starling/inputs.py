@@ -115,6 +115,7 @@ def resolve_reward(section: RewardSection, recipe: Recipe, paths: Paths) -> Rewa
     return RewardInputs(
         rankings=paths.rows("reward.rankings", section.rankings or "feedback/rankings.jsonl"),
         base=paths.model("reward.base", section.base or _starting_policy(recipe)),
+        policy=_reward_policy(section, recipe, paths),
     )
 
 
@@ -141,6 +142,15 @@ def resolve_bench(section: BenchSection, recipe: Recipe, paths: Paths) -> BenchI
         reward_model=paths.model("ppo.reward_model", reward_model) if section.best_of else None,
         judge=_needed_judge(recipe, paths),
     )
+
+
+def _reward_policy(section: RewardSection, recipe: Recipe, paths: Paths) -> str | None:
+    """Whose samples the scores are normalised on: PPO's start, if the recipe says what that is."""
+    named = recipe.ppo.policy if recipe.ppo is not None else None
+    has_start = named or recipe.sft or recipe.policy
+    if not has_start or not section.policy_samples:
+        return None
+    return paths.model("ppo.policy", named or _starting_policy(recipe))
 
 
 def _starting_policy(recipe: Recipe) -> str:

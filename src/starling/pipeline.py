@@ -2,9 +2,13 @@
 
 Nothing else hashes or skips.  Stages meet on disk: each reads what `inputs` resolved for it, and
 writes to its own folder of the run.
+
+Under torchrun every process comes here.  Rank 0 does all that is said above; the others join it in
+the stages that are shared, and wait while it does the rest alone.
 """
 
 import contextlib
+import dataclasses
 import fcntl
 import importlib
 import logging
@@ -15,7 +19,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from starling.base.context import Context, single_process_context
+from starling.base.context import Context, context_from_environment, joined_processes
 from starling.base.errors import DataError, InputError
 from starling.base.files import write_atomically
 from starling.base.hashing import hash_json
@@ -46,12 +50,14 @@ class Stage:
     format_version: int
     module: str
     resolve: Callable[[Any, Recipe, Paths], Any]
+    is_shared: bool = False
+    """Every process runs it, each on a part of the work."""
 
 
 PIPELINE = (
-    Stage("sft", 1, "starling.sft.train", resolve_sft),
+    Stage("sft", 1, "starling.sft.train", resolve_sft, is_shared=True),
     Stage("feedback", 2, "starling.feedback.run", resolve_feedback),
-    Stage("reward", 1, "starling.reward.train", resolve_reward),
+    Stage("reward", 1, "starling.reward.train", resolve_reward, is_shared=True),
     Stage("ppo", 1, "starling.ppo.train", resolve_ppo),
     Stage("bench", 1, "starling.bench.run", resolve_bench),
 )
@@ -81,7 +87,38 @@ def run_pipeline(
 
     `prepare` may write input files: it is called when the run folder is known to be ours alone.
     Raises InputError before anything is trained when an input is missing that no stage will make.
+    Processes other than the first leave here, when all is done.
     """
+    with joined_processes() as (rank, size):
+        if rank == 0:
+            return _lead(recipe, recipe_folder, out, only, prepare, is_alone=size == 1)
+        _help(recipe, recipe_folder, out, only)
+    raise SystemExit(0)
+
+
+def _help(recipe: Recipe, recipe_folder: Path, out: Path, only: str | None) -> None:
+    """Take part in the shared stages that rank 0 finds must run."""
+    context = _context(recipe, Spending())
+    for stage in _chosen_stages(recipe, only):
+        if stage.is_shared and context.most(0):
+            section = getattr(recipe, stage.name)
+            inputs = stage.resolve(section, recipe, Paths(out.resolve(), recipe_folder.resolve()))
+            with context.stop:
+                module = importlib.import_module(stage.module)
+                module.run(section, inputs, out / stage.name, context)
+    # Until rank 0 has ended well, or says why not.
+    context.most(0)
+
+
+def _lead(
+    recipe: Recipe,
+    recipe_folder: Path,
+    out: Path,
+    only: str | None,
+    prepare: Callable[[], None] | None,
+    *,
+    is_alone: bool,
+) -> dict[str, Any]:
     stages = _chosen_stages(recipe, only)
     with _lock(out):
         _keep_recipe(recipe, out)
@@ -99,7 +136,8 @@ def run_pipeline(
         for stage in PIPELINE:
             if stage not in stages:
                 _charge(spending, out / stage.name)
-        context = None
+        # torch is imported only when there is something to do.
+        context = None if is_alone else _context(recipe, spending)
         for stage in stages:
             job = _job(stage, recipe, paths, out)
             state = state_of(job.out, job.key)
@@ -107,14 +145,22 @@ def run_pipeline(
                 logger.info("%s: nothing changed since %s was made", stage.name, job.out)
                 tidy(job.out)
                 _charge(spending, job.out)
+                if stage.is_shared and context is not None:
+                    context.most(0)
                 continue
-            context = context or single_process_context(
-                recipe.threads, recipe.run.device, seed=recipe.seed, spending=spending
-            )
+            context = context or _context(recipe, spending)
             _run(job, state, context)
         summary = _summarise(recipe, paths, out, done=names)
         write_json(out / "summary.json", summary)
+        if context is not None:
+            context.most(0)
     return summary
+
+
+def _context(recipe: Recipe, spending: Spending) -> Context:
+    return context_from_environment(
+        recipe.threads, recipe.run.device, seed=recipe.seed, spending=spending
+    )
 
 
 def pending_inputs(
@@ -178,6 +224,10 @@ def _run(job: Job, state: State, context: Context) -> None:
         logger.info("%s: %s", name, state.value)
     if state is not State.INTERRUPTED:
         begin(job.out, job.key)
+    if job.stage.is_shared:
+        context.most(1)
+    else:
+        context = dataclasses.replace(context, world_size=1)
     before = context.spending.totals()
     with context.stop:
         module = importlib.import_module(job.stage.module)

@@ -3,11 +3,19 @@ import signal
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 
-from starling.base.context import StopFlag, choose_device, single_process_context
+from starling.base.context import (
+    Context,
+    StopFlag,
+    choose_device,
+    context_from_environment,
+    single_process_context,
+)
 from starling.base.errors import RecipeError, Stopped
+from starling.base.spending import Spending
 
 
 def in_a_process(program):
@@ -44,6 +52,20 @@ def test_without_a_wish_the_device_is_a_gpu_where_there_is_one(monkeypatch, has_
 def test_a_gpu_that_is_not_there_is_refused():
     with pytest.raises(RecipeError, match="'cuda:99', and .* CUDA devices were found. Set device"):
         single_process_context(1, "cuda:99")
+
+
+def test_one_numbered_gpu_for_several_processes_is_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    with pytest.raises(RecipeError, match="device is 'cuda:1' for 2 processes; set device: cuda"):
+        context_from_environment(1, "cuda:1", seed=0, spending=Spending())
+
+
+def test_only_the_first_process_keeps_a_path_for_itself():
+    first, second = (Context(rank, 2, "cpu", 1) for rank in range(2))
+    path = Path("out/metrics.jsonl")
+    assert first.own_path(path) == path
+    assert second.own_path(path) == Path("out/.tmp-rank-1-metrics.jsonl")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

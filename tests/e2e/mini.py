@@ -25,7 +25,8 @@ feedback:
   candidates:
     - {name: late, model: sft/model, max_tokens: 12, answers: 2}
     - {name: early, model: sft/model-4, max_tokens: 12, answers: 2}
-reward: {epochs: 2, batch: 4, lr: 1e-3, held_out: 0.25, checkpoint_every: 2}
+reward: {epochs: 2, batch: 4, lr: 1e-3, held_out: 0.25, policy_samples: 16, policy_tokens: 12,
+  checkpoint_every: 2}
 ppo:
   prompts: data/ppo.jsonl
   validation: data/validation.jsonl

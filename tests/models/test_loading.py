@@ -26,7 +26,7 @@ from starling.data.openchat import openchat_tokenizer
 from starling.data.records import Message
 from starling.models.causal_lm import load_language_model, save_model
 from starling.models.loading import count_parameters
-from starling.models.reward_model import RewardModel
+from starling.models.reward_model import RewardModel, row_scores
 from tiny import tiny_policy, tiny_tokenizer
 
 # The hub's template of openchat_3.5, which Starling's published folders carry.
@@ -96,7 +96,7 @@ def test_a_reward_model_has_the_dtype_that_is_named(policy_folder, reward_folder
     ]
     for reward_model in made:
         assert {p.dtype for p in reward_model.model.parameters()} == {torch.bfloat16}
-        assert reward_model.raw_scores([[1, 70, 3]]).dtype == torch.float32
+        assert row_scores(reward_model.model, [[[1, 70, 3]]], 0).dtype == torch.float32
 
 
 def test_an_unknown_dtype_is_refused_with_the_known_names(policy_folder, reward_folder):

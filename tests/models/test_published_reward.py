@@ -3,6 +3,7 @@
 A tiny Llama stands for Llama-2-7B-Chat: same names, same layouts of the files.
 """
 
+import dataclasses
 import json
 import pickle
 import shutil
@@ -37,13 +38,18 @@ class PublishedModule(nn.Module):
         self.v_head = nn.Linear(base.config.hidden_size, 1, bias=False)
 
     @torch.no_grad()
-    def forward(self, ids, width=64):
-        """The score of one conversation, right-padded with <unk>, read before the first <unk>."""
+    def forward(self, ids, width=64, pad_id=UNK):
+        """The score of one conversation, right-padded with <unk>, read before the first `pad_id`.
+
+        The snippet takes `tokenizer("<unk>").input_ids[0]` for the pad's id, which is the <s> that
+        the tokenizer puts first.
+        """
         padded = torch.tensor([[*ids, *[UNK] * (width - len(ids))]])
-        hidden = self.transformer(padded, attention_mask=(padded != UNK).long())[0]
+        mask = torch.tensor([[1] * len(ids) + [0] * (width - len(ids))])
+        hidden = self.transformer(padded, attention_mask=mask)[0]
         rewards = self.v_head(hidden)[0, :, 0]
-        first_pad = (padded[0] == UNK).nonzero()[0, 0]
-        return float(rewards[first_pad - 1])
+        found = (padded[0] == pad_id).nonzero()[:, 0]
+        return float(rewards[(found[0] if len(found) else width) - 1])
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +116,26 @@ def as_pickled_shards(module, folder):
     return folder
 
 
+def as_index_of_shards(module, folder):
+    """As transformers shards pickles: an index beside the parts."""
+    weights = {
+        f"transformer.{name}": tensor for name, tensor in module.transformer.state_dict().items()
+    }
+    weights["v_head.weight"] = module.v_head.weight.detach()
+    parts = {name: f"pytorch_model-0000{n % 2 + 1}-of-00002.bin" for n, name in enumerate(weights)}
+    for part in set(parts.values()):
+        torch.save({name: weights[name] for name in weights if parts[name] == part}, folder / part)
+    index = folder / "pytorch_model.bin.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": parts}))
+    return folder
+
+
+def as_pt(module, folder):
+    """The 7B's checkpoint under the name that training gave it."""
+    torch.save(module.state_dict(), folder / "checkpoint.pt")
+    return folder
+
+
 CONVERSATIONS = [
     ("Hi", "No"),
     ("Why is that", "Ask U. Answer: A and U\nB"),
@@ -122,7 +148,12 @@ def scored(question, answer):
     return Scored(messages)
 
 
-@pytest.mark.parametrize("layout", [as_one_file, as_shards, as_pickled_shards])
+ITEMS = [scored(*conversation) for conversation in CONVERSATIONS]
+
+
+@pytest.mark.parametrize(
+    "layout", [as_one_file, as_pt, as_shards, as_pickled_shards, as_index_of_shards]
+)
 def test_a_converted_checkpoint_scores_as_the_published_module_does(
     base, published, tmp_path, layout
 ):
@@ -131,15 +162,63 @@ def test_a_converted_checkpoint_scores_as_the_published_module_does(
     convert(layout(published, tmp_path / "there"), str(base), out)
     ours = RewardModel.load(str(out))
     theirs = AutoModelForSequenceClassification.from_pretrained(out).eval()
-    items = [scored(*conversation) for conversation in CONVERSATIONS]
-    scores = ours.score(items).tolist()
-    for item, score in zip(items, scores, strict=True):
+    scores = ours.score(ITEMS).tolist()
+    for item, score in zip(ITEMS, scores, strict=True):
         ids = ours.encode(item)[0]
         expected = published(ids)
         assert score == pytest.approx(expected, abs=1e-5)
         with torch.no_grad():
             assert float(theirs(torch.tensor([ids])).logits) == pytest.approx(expected, abs=1e-5)
-    assert len({round(score, 3) for score in scores}) == len(items)
+    assert len({round(score, 3) for score in scores}) == len(ITEMS)
+
+
+def converted(module, base, folder, **options):
+    (folder / "there").mkdir()
+    convert(as_one_file(module, folder / "there"), str(base), folder / "out", **options)
+    return RewardModel.load(str(folder / "out"))
+
+
+def test_the_published_read_out_reads_the_last_slot_of_the_padding(base, published, tmp_path):
+    ours = converted(published, base, tmp_path, read_out="published_padded")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    trap = tokenizer("<unk>").input_ids[0]
+    assert trap == tokenizer.bos_token_id != UNK
+    for item, score in zip(ITEMS, ours.score(ITEMS).tolist(), strict=True):
+        ids = ours.encode(item)[0]
+        assert score == pytest.approx(published(ids, 2048, trap), abs=1e-5)
+        assert abs(score - published(ids)) > 1e-3
+
+
+def test_the_published_read_out_depends_on_the_width_and_is_the_last_token_at_full_width(
+    base, published, tmp_path
+):
+    ours = converted(published, base, tmp_path, read_out="published_padded")
+    ids = ours.encode(ITEMS[0])[0]
+    narrow = [dataclasses.replace(ours, max_length=len(ids) + more) for more in (0, 1, 40)]
+    scores = [float(model.score(ITEMS[:1])) for model in narrow]
+    assert scores[0] == pytest.approx(published(ids), abs=1e-5)
+    assert scores[1:] == pytest.approx([published(ids, len(ids) + n, 1) for n in (1, 40)], abs=1e-5)
+    assert len({round(score, 3) for score in scores}) == 3
+
+
+def test_the_read_out_is_stored_and_another_one_is_refused(base, published, tmp_path):
+    made = converted(published, base, tmp_path, read_out="published_padded")
+    config = tmp_path / "out" / "config.json"
+    stored = json.loads(config.read_text())
+    assert (made.read_out, stored["starling_read_out"]) == ("published_padded", "published_padded")
+    config.write_text(json.dumps(stored | {"starling_read_out": "first_token"}))
+    with pytest.raises(ModelError, match="'first_token'; it must be last_token or published_padde"):
+        RewardModel.load(str(tmp_path / "out"))
+
+
+def test_unk_in_the_text_moves_the_published_modules_read_out_and_not_ours(
+    base, published, tmp_path
+):
+    ours = converted(published, base, tmp_path)
+    ids = [1, 70, UNK, 80, 2]
+    [[score]] = ours.raw_scores([[ids]])
+    assert score == pytest.approx(published(ids, len(ids), pad_id=-1), abs=1e-5)
+    assert abs(score - published(ids)) > 1e-3
 
 
 def test_a_converted_model_reads_llama_2s_format_to_its_last_end(base, published, tmp_path):
@@ -300,6 +379,9 @@ def test_the_command_says_what_it_made_or_why_not(base, published, tmp_path, cap
     )
     assert main(arguments) == 2
     assert "out exists already" in capsys.readouterr().err
+    shutil.rmtree(tmp_path / "out")
+    assert main([*arguments, "--read-out", "published_padded"]) == 0
+    assert RewardModel.load(str(tmp_path / "out")).read_out == "published_padded"
     shutil.rmtree(tmp_path / "out")
     assert main([*arguments, "--chat-format", "chatml"]) == 2
     assert "needs the special tokens <|im_end|>, <|im_start|>" in capsys.readouterr().err

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from starling.base.errors import ModelError
+from starling.base.errors import DataError, ModelError
 from starling.data.records import Message
 from starling.models.causal_lm import (
     TOKENS_PER_BATCH,
@@ -24,9 +24,11 @@ from starling.models.causal_lm import (
     load_language_model,
     save_model,
 )
+from starling.models.packing import why_not_packed
 from starling.models.reward_model import (
     RewardModel,
     Scored,
+    row_scores,
     score_head,
     sequence_scores,
 )
@@ -112,15 +114,137 @@ def test_pad_and_other_special_ids_inside_the_text_do_not_move_the_read_out(
     model, _ = theirs
     middle = [1, 70, special, special, 80, 3]
     at_the_end = [1, 70, 80, special, special]
-    found = reward_model.raw_scores([middle, at_the_end])
-    for ids, score in zip((middle, at_the_end), found.tolist(), strict=True):
-        assert score == pytest.approx(by_reading(model, ids, -1), abs=1e-5)
-    assert abs(float(found[1]) - by_reading(model, at_the_end, -3)) > 1e-3
+    longer = [*middle, *[70] * 30]
+    apart = reward_model.raw_scores([[middle], [at_the_end], [longer]])
+    together = reward_model.raw_scores([[middle, at_the_end, longer]])
+    for found in ([score for [score] in apart], together[0]):
+        for ids, score in zip((middle, at_the_end, longer), found, strict=True):
+            assert score == pytest.approx(by_reading(model, ids, -1), abs=1e-5)
+        assert abs(found[1] - by_reading(model, at_the_end, -3)) > 1e-3
 
 
 def test_the_last_token_counts(reward_model):
-    scores = reward_model.raw_scores([[1, 70, 80, 3], [1, 70, 80, 2], [1, 70, 80]])
-    assert len({round(float(score), 4) for score in scores}) == 3
+    [scores] = reward_model.raw_scores([[[1, 70, 80, 3], [1, 70, 80, 2], [1, 70, 80]]])
+    assert len({round(score, 4) for score in scores}) == 3
+
+
+IDS = st.lists(st.integers(0, 299), min_size=1, max_size=12)
+
+
+@given(rows=st.lists(st.tuples(IDS, st.lists(IDS, min_size=1, max_size=4)), max_size=5))
+def test_rows_score_as_their_conversations_alone(reward_model, theirs, rows):
+    rows = [[[*prompt, *answer] for answer in answers] for prompt, answers in rows]
+    found = reward_model.raw_scores(rows)
+    expected = [[by_reading(theirs[0], ids, -1) for ids in row] for row in rows]
+    assert [len(row) for row in found] == [len(row) for row in rows]
+    for ours, naive in zip(found, expected, strict=True):
+        assert ours == pytest.approx(naive, abs=1e-5)
+
+
+PAIRED = [[[1, 70, 71, 72, 3], [1, 70, 71, 9]], [[1, 5, 3]], [[1, 8, 80], [1, 8], [1, 8, 81, 5]]]
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_gradients_are_those_of_the_conversations_alone_also_where_nothing_can_be_packed(
+    reward_folder, attention
+):
+    ours = RewardModel.load(str(reward_folder)).model
+    theirs = AutoModelForSequenceClassification.from_pretrained(reward_folder).eval()
+    ours.set_attn_implementation(attention)
+    assert (why_not_packed(ours) is None) == (attention == "sdpa")
+    weights = torch.tensor([1.0, -2.0, 0.5, 3.0, -1.0, 0.25])
+    scores = row_scores(ours, PAIRED, 4)
+    (scores * weights).sum().backward()
+    naive = [theirs(torch.tensor([ids])).logits[0, 0] for row in PAIRED for ids in row]
+    (torch.stack(naive) * weights).sum().backward()
+    assert_close(scores, torch.stack(naive))
+    for (name, one), other in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        # Sums of a hundred terms, in another order.
+        assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-4, msg=lambda m, name=name: name + m)
+
+
+def test_conversations_of_one_prompt_and_mode_share_it(reward_folder):
+    reward_model = RewardModel.load(str(reward_folder))
+    items = [scored(QUESTIONS[2], answer, mode=mode) for answer in "abc" for mode in (None, "Code")]
+    lengths = [len(reward_model.encode(item)[0]) for item in items]
+    seen: list[int] = []
+    embedding = reward_model.model.get_input_embeddings()
+    embedding.register_forward_hook(lambda module, args, result: seen.append(args[0].numel()))
+    reward_model.score(items)
+    # An answer of one letter and its end: 2 of each conversation's tokens are its own, and a space.
+    assert sum(seen) < sum(lengths[:2]) + 3 * len(items)
+    assert sum(seen) < sum(lengths) / 2
+
+
+def test_autocast_does_not_round_scores(reward_model):
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+        packed = row_scores(reward_model.model, PAIRED, 4)
+        apart = row_scores(reward_model.model, [[ids] for row in PAIRED for ids in row], 4)
+    for scores in (packed, apart):
+        assert scores.dtype == torch.float32
+        assert not torch.equal(scores, scores.bfloat16().float())
+
+
+def test_what_lies_behind_a_score_is_told(reward_model):
+    made = RewardModel(
+        reward_model.model, reward_model.codec, mean=2.0, std=4.0, max_length=40, truncate="left"
+    )
+    items = [scored("Hi", "No."), scored(QUESTIONS[2], "x" * 40)]
+    short, long = made.score_each(items)
+    assert (short.num_tokens, short.was_cut) == (len(reward_model.encode(items[0])[0]), False)
+    assert (long.num_tokens, long.was_cut) == (40, True)
+    assert short.raw_score == pytest.approx(float(reward_model.score(items[:1])), abs=1e-6)
+    for found in (short, long):
+        assert found.score == pytest.approx((found.raw_score - 2) / 4)
+
+
+@pytest.mark.parametrize("broken", [math.nan, math.inf])
+def test_scores_that_are_no_numbers_are_refused_by_their_ids(reward_folder, broken):
+    reward_model = RewardModel.load(str(reward_folder))
+    question = reward_model.codec.tokenizer.saved.convert_tokens_to_ids("?")
+    with torch.no_grad():
+        reward_model.model.get_input_embeddings().weight[question] = broken
+    items = [scored("Hi", "No."), scored("Hi", "No?"), scored("Hi?", "Yes", id="mine")]
+    with pytest.raises(DataError, match=r"scores of 2 of 3 conversations .* \(2, mine\)"):
+        reward_model.score(items)
+    assert reward_model.score(items[:1]).isfinite().all()
+
+
+def test_a_model_that_has_scored_is_saved_as_before(reward_folder, tmp_path):
+    reward_model = RewardModel.load(str(reward_folder))
+    reward_model.score([scored("Hi", "No."), scored("Hi", "Yes.")])
+    reward_model.save(tmp_path / "model")
+    before, after = (
+        json.loads((folder / "config.json").read_text())
+        for folder in (reward_folder, tmp_path / "model")
+    )
+    assert before == after
+
+
+def test_a_base_without_a_pad_token_gets_one_that_is_not_its_end(tmp_path):
+    folder = tiny_policy_folder(tmp_path / "base")
+    path = folder / "tokenizer_config.json"
+    stored = json.loads(path.read_text())
+    del stored["pad_token"]
+    path.write_text(json.dumps(stored))
+    edit_config(folder, pad_token_id=None)
+    assert AutoTokenizer.from_pretrained(folder).pad_token is None
+    made = RewardModel.from_language_model(str(folder), seed=0)
+    assert made.model.config.pad_token_id == made.codec.tokenizer.pad_id != made.codec.end_id
+    made.save(tmp_path / "reward")
+    theirs = AutoModelForSequenceClassification.from_pretrained(tmp_path / "reward").eval()
+    items = [scored("Hi", answer) for answer in ANSWERS]
+    for item, score in zip(items, made.score(items).tolist(), strict=True):
+        assert score == pytest.approx(naive_score(theirs, made.encode(item)[0]), abs=1e-5)
+
+
+def test_a_base_whose_tokenizer_knows_more_ids_than_its_embedding_is_refused(tmp_path):
+    folder = tiny_policy_folder(tmp_path / "base")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["<one>", "<more>"])
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(ModelError, match=r"highest id is 301 \(<more>\) and the embedding has 300"):
+        RewardModel.from_language_model(str(folder), seed=0)
 
 
 def test_no_items_have_no_scores(reward_model):

@@ -10,8 +10,11 @@ from pathlib import Path
 import pytest
 
 from starling.base.errors import DataError
+from starling.data.reward_pairs import RewardPair
 from starling.report.page import write_report
 from starling.report.read import read_run
+from starling.reward.dataset import RankedRow
+from starling.reward.evaluate import evaluate, evaluate_pairs
 
 CATEGORIES = ("math", "writing")
 PERFECT = "Sure, nine. Thanks!"
@@ -112,6 +115,26 @@ def run(tmp_path: Path) -> Path:
     write_rows(folder / "bench" / "answers.jsonl", answer_rows())
     manifest(folder, "sft", f"Tuned a policy -> {folder / 'sft' / 'model'}", seconds=12.5)
     return folder
+
+
+def write_evaluation(folder: Path, prompts: int = 12) -> dict:
+    """What the reward stage writes: three answers a prompt, the middle one scored too high."""
+    rows = [
+        RankedRow(str(n), ((1,), (2,), (3,)), (1, 2, 3), (90, 50, 70), EVIL, 1.0, str(n // 2 * 2))
+        for n in range(prompts)
+    ]
+    scores = [[0.5, 1.0, -1.0]] * prompts
+    found = evaluate(rows, scores, seed=0)
+    write_json(folder / "reward" / "evaluation.json", found)
+    write_rows(
+        folder / "reward" / "held_out.jsonl",
+        [
+            {"id": row.id, "rank": rank, "score": score, "chars": chars, "source": EVIL}
+            for row in rows
+            for rank, score, chars in zip((1, 2, 3), scores[0], row.answer_chars, strict=True)
+        ],
+    )
+    return found
 
 
 def manifest(folder: Path, stage: str, sentence: str, *, seconds: float) -> None:
@@ -233,6 +256,85 @@ def test_the_judges_findings_are_told_those_of_concern_first_with_what_to_do(run
     expected = ["8", "1.70|1.59 to 1.82", "0.40|0.29 to 0.52"]
     tables = {row[0]: row[1:] for row in page.rows}
     assert [tables[name] for name in (EVIL, "late", "5 of 5")] == [expected] * 3
+
+
+def test_the_reward_model_has_a_table_and_four_charts_of_its_own(run: Path) -> None:
+    write_evaluation(run)
+    page = Page(write_report(run))
+    tables = {row[0]: row[1:] for row in page.rows if row}
+    # Of a prompt's three pairs the first two are in order 0 and 1, the outer one 1.
+    assert tables["all"][0] == "36"
+    assert tables["all"][1].startswith("0.667|")
+    assert tables["neighbours in the ranking"] == ["24", "0.500|0.500 to 0.500"]
+    assert tables["2 places apart"] == ["12", "1.000|1.000 to 1.000"]
+    assert tables["the better answer is longer"] == ["24", "0.500|0.500 to 0.500"]
+    assert tables["the better answer is shorter"] == ["12", "1.000|1.000 to 1.000"]
+    assert tables[f"from {EVIL}"] == tables["all"]
+    assert tables["by length alone"] == ["36", "0.667|0.667 to 0.667"]
+    assert sum(tag == "img" for tag, _ in page.tags) == 8
+    assert "12 rankings of 6 prompts" in page.text
+    assert "agree on 1.000 of the pairs" in page.text
+    # By hand: the model picks the second of three, whose standing is a half.
+    assert "Of 3: 0.500, where the judge's own pick has 1.000 and chance 0.5." in page.text
+    assert "No evaluation" not in page.text
+
+
+def test_a_run_without_an_evaluation_says_so_and_has_no_more_charts(run: Path) -> None:
+    page = Page(write_report(run))
+    assert "No evaluation of a reward model in this run." in page.text
+    assert sum(tag == "img" for tag, _ in page.tags) == 4
+
+
+def test_an_evaluation_without_its_answers_lacks_only_their_chart(run: Path) -> None:
+    write_evaluation(run)
+    (run / "reward" / "held_out.jsonl").unlink()
+    page = Page(write_report(run))
+    assert "No held-out answers in this run." in page.text
+    assert sum(tag == "img" for tag, _ in page.tags) == 7
+
+
+def test_figures_that_nothing_says_are_left_out(run: Path) -> None:
+    row = RankedRow("a", ((1,), (2,)), (1, 2), (5, 5), None, 1.0, "a")
+    found = evaluate([row], [[0.0, 0.0]], seed=0)
+    write_json(run / "reward" / "evaluation.json", found)
+    text = Page(write_report(run)).text
+    assert "the better answer is longer" not in text
+    assert "Kendall's tau none" in text
+    assert "No answers were ranked twice" in text
+
+
+def test_more_answers_than_a_chart_bears_leave_the_page_as_light(run: Path) -> None:
+    write_evaluation(run)
+    row = {"id": "a", "rank": 1, "score": 0.5, "chars": 9, "source": None}
+    path = run / "reward" / "held_out.jsonl"
+    write_rows(path, [row | {"id": str(n // 3), "chars": n + 1} for n in range(1500)])
+    many = write_report(run).stat().st_size
+    write_rows(path, [row | {"id": str(n // 3), "chars": n + 1} for n in range(15000)])
+    assert 0.8 * many < write_report(run).stat().st_size < 1.2 * many
+
+
+def test_an_interval_that_misses_its_mean_by_rounding_can_be_drawn(run: Path) -> None:
+    found = write_evaluation(run)
+    found["best_of_n"][0]["model"] |= {"mean": 0.5, "low": 0.5 + 2e-16, "high": 0.5 - 2e-16}
+    write_json(run / "reward" / "evaluation.json", found)
+    write_report(run)
+
+
+def test_a_pair_file_has_a_row_a_subset_beside_the_blind_rules(run: Path) -> None:
+    pairs = [
+        RewardPair.model_validate({"prompt": q, "chosen": c, "rejected": "no", "subset": EVIL})
+        for q, c in (("p", "yes"), ("q", "certainly"), ("r", "y"), ("s", "ja"))
+    ]
+    scores = [(1.0, 0.0), (0.0, 1.0), (1.0, 0.0), (1.0, 0.0)]
+    write_json(run / "reward" / "pairs.json", evaluate_pairs(pairs, scores, seed=0))
+    page = Page(write_report(run))
+    rows = [row for row in page.rows if row[0] == EVIL and len(row) == 5]
+    assert rows[0][1] == "4"
+    assert rows[0][2].startswith("0.75|")
+    # Longer: two of four, one equal.
+    assert rows[0][3:] == ["0.62", "0.38"]
+    assert [row[1:] for row in page.rows if row[0] == "all"][-1] == rows[0][1:]
+    assert "each counted once: 0.750" in page.text
 
 
 def test_too_few_verdicts_are_not_called_fair(run: Path) -> None:

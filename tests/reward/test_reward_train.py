@@ -2,6 +2,7 @@
 
 import json
 import random
+from functools import partial
 
 import pytest
 import torch
@@ -12,10 +13,13 @@ from starling.base.context import single_process_context
 from starling.base.errors import DataError
 from starling.data.records import Message, RankingRow
 from starling.models.causal_lm import load_language_model, save_model
+from starling.models.interfaces import Request, Sampling
+from starling.models.local import load_local
+from starling.models.parallel import parallel
 from starling.models.reward_model import RewardModel, Scored
 from starling.reward.config import RewardInputs, RewardSection
 from starling.reward.dataset import RankedRow, encode_rankings
-from starling.reward.train import ranking_loss, run
+from starling.reward.train import accumulate, ranking_loss, run, weighted_loss
 from tiny import tiny_policy_folder, tiny_reward_folder
 
 SECTION = RewardSection(lr=1e-2, batch=8, epochs=3, held_out=0.2, checkpoint_every=1000)
@@ -83,7 +87,39 @@ def test_the_word_wins_and_loses_outside_the_data_too(trained):
     assert scores.tolist() == sorted(scores.tolist(), reverse=True)
 
 
-def test_stored_normalisation_makes_held_out_scores_mean_zero_and_deviation_one(trained):
+def test_scores_of_the_policys_own_answers_have_mean_zero_and_deviation_one(
+    policy, trained, tmp_path
+):
+    _, summary, rankings = trained
+    section = SECTION.model_copy(update={"policy_samples": 64, "policy_tokens": 8})
+    context = single_process_context(1, seed=0)
+    inputs = RewardInputs(rankings, str(policy), str(policy))
+    other = run(section, inputs, tmp_path, context)
+    # Other answers to normalise on change no order.
+    assert other.figures["pair_accuracy"] == summary.figures["pair_accuracy"]
+    reward_model = RewardModel.load(str(tmp_path / "model"))
+    # Fresh samples of the same policy: other seeds, the same prompts.
+    prompts = [RankingRow.model_validate_json(line) for line in rankings.open()]
+    local = load_local(str(policy))
+    requests = [
+        Request(str(n), prompts[n % 80].messages, Sampling(8, 1.0, 1000 + n)) for n in range(400)
+    ]
+    scores = reward_model.score(
+        Scored(
+            (
+                *requests[int(reply.request_id)].messages,
+                Message(role="assistant", content=reply.text),
+            ),
+            finished=reply.finish_reason == "stop",
+        )
+        for reply in local.respond(requests)
+    )
+    # 64 samples fix the mean to 1/8, the deviation to 1/11.
+    assert scores.mean().item() == pytest.approx(0, abs=0.4)
+    assert scores.std().item() == pytest.approx(1, abs=0.35)
+
+
+def test_without_a_policy_the_rankings_own_answers_have_mean_zero_and_deviation_one(trained):
     out, _, rankings = trained
     reward_model = RewardModel.load(str(out / "model"))
     rows = encode_rankings(
@@ -95,11 +131,15 @@ def test_stored_normalisation_makes_held_out_scores_mean_zero_and_deviation_one(
     plain = AutoModelForSequenceClassification.from_pretrained(out / "model").eval()
     with torch.no_grad():
         raw = torch.cat(
-            [plain(torch.tensor([ids])).logits[0] for row in rows.held_out for ids in row.sequences]
+            [
+                plain(torch.tensor([ids])).logits[0]
+                for row in rows.train + rows.held_out
+                for ids in row.sequences
+            ]
         )
     stored = json.loads((out / "model" / "config.json").read_text())
     scores = (raw - stored["starling_reward_mean"]) / stored["starling_reward_std"]
-    assert len(scores) == 48
+    assert len(scores) == 240
     assert scores.mean().item() == pytest.approx(0, abs=1e-4)
     assert scores.std(correction=0).item() == pytest.approx(1, abs=1e-4)
 
@@ -116,6 +156,9 @@ def test_loss_and_gradient_are_those_of_scoring_each_answer_by_itself(policy, tm
             ),
             ranks=ranks,
             answer_chars=(1, 1),
+            source=None,
+            weight=1.0,
+            key=str(row),
         )
         for row, (lengths, ranks) in enumerate(
             [((240, 3), (1, 2)), ((17, 230), (2, 1)), ((250, 245), (1, 2)), ((4, 9), (2, 1))] * 2
@@ -128,14 +171,18 @@ def test_loss_and_gradient_are_those_of_scoring_each_answer_by_itself(policy, tm
         margin = first - second if row.ranks == (1, 2) else second - first
         losses.append(-torch.nn.functional.logsigmoid(margin))
     torch.stack(losses).mean().backward()
-    reward_model = RewardModel.load(str(folder))
-    loss = ranking_loss(reward_model, rows)
-    loss.mean().backward()
-    assert_close(loss, torch.stack(losses), rtol=1e-5, atol=1e-5)
-    expected = {name: parameter.grad for name, parameter in plain.named_parameters()}
-    got = {name: parameter.grad for name, parameter in reward_model.model.named_parameters()}
-    # Gradients of sharpened weights, summed in another order.
-    assert_close(got, expected, rtol=1e-3, atol=1e-4)
+    model = RewardModel.load(str(folder)).model
+    context = single_process_context(1)
+    function = partial(weighted_loss, pad_id=0, ranking_loss=ranking_loss(SECTION))
+    # One big batch, and many forwards of few tokens.
+    for tokens in (10_000, 300):
+        model.zero_grad()
+        loss = accumulate(parallel(model, function, context), rows, context, tokens)
+        assert loss == pytest.approx(torch.stack(losses).mean().item(), rel=1e-5)
+        expected = {name: parameter.grad for name, parameter in plain.named_parameters()}
+        got = {name: parameter.grad for name, parameter in model.named_parameters()}
+        # Gradients of sharpened weights, summed in another order.
+        assert_close(got, expected, rtol=1e-3, atol=1e-4)
 
 
 def test_a_loss_that_is_no_number_names_the_rankings_it_came_from(policy, tmp_path):
@@ -146,20 +193,65 @@ def test_a_loss_that_is_no_number_names_the_rankings_it_came_from(policy, tmp_pa
     rankings = written(tmp_path / "rankings.jsonl", toy_rows(5))
     section = RewardSection(batch=4, held_out=0.2)
     inputs = RewardInputs(rankings, str(tmp_path / "broken"))
-    with pytest.raises(DataError, match=r"the loss is nan at step 1.*(row-\d, ){3}row-\d;"):
+    with pytest.raises(
+        DataError, match=r"scores are not finite on the rankings (row-\d, ){3}row-\d;"
+    ):
         run(section, inputs, tmp_path / "out", single_process_context(1, seed=0))
 
 
 def test_one_score_for_everything_is_refused(policy, tmp_path):
-    # Two rows, equal answers: no score can tell them apart.
-    rows = toy_rows(2)
-    for row in rows:
-        for answer in row["answers"]:
-            answer["answer"] = "same"
-        row["messages"][0]["content"] = "same"
-    rows[1]["messages"][0]["content"] = "other"
-    rankings = written(tmp_path / "rankings.jsonl", rows)
-    section = RewardSection(batch=1, held_out=0.5)
-    with pytest.raises(DataError, match="the same score"):
-        run(section, RewardInputs(rankings, str(policy)), tmp_path / "out",
-            single_process_context(1, seed=0))  # fmt: skip
+    loaded = load_language_model(str(policy))
+    with torch.no_grad():  # which makes every text alike
+        loaded.model.get_input_embeddings().weight.fill_(0)
+    save_model(tmp_path / "blind", loaded.model, loaded.codec)
+    rankings = written(tmp_path / "rankings.jsonl", toy_rows(4))
+    section = RewardSection(batch=1, held_out=0.5, train="head")
+    inputs = RewardInputs(rankings, str(tmp_path / "blind"))
+    with pytest.raises(DataError, match="the same score to all 12 answers"):
+        run(section, inputs, tmp_path / "out", single_process_context(1, seed=0))
+
+
+def test_head_warmup_moves_the_head_alone(policy, tmp_path):
+    rankings = written(tmp_path / "rankings.jsonl", toy_rows(40))
+    before = load_language_model(str(policy)).model.state_dict()
+    section = SECTION.model_copy(update={"epochs": 1, "head_warmup": 4})
+    context = single_process_context(1, seed=0)
+    run(section, RewardInputs(rankings, str(policy)), tmp_path / "out", context)
+    after = RewardModel.load(str(tmp_path / "out" / "model")).model.state_dict()
+    assert all(torch.equal(after[name], before[name]) for name in after.keys() & before.keys())
+    assert len(after.keys() & before.keys()) > 10
+    section = section.model_copy(update={"head_warmup": 3})
+    run(section, RewardInputs(rankings, str(policy)), tmp_path / "more", context)
+    moved = RewardModel.load(str(tmp_path / "more" / "model")).model.state_dict()
+    assert not all(torch.equal(moved[name], after[name]) for name in after.keys() & before.keys())
+
+
+@pytest.mark.parametrize("loss", ["bradley-terry", "adjacent-pairs", "best-of-k"])
+def test_the_other_losses_learn_the_toy_too(policy, tmp_path, loss):
+    rankings = written(tmp_path / "rankings.jsonl", toy_rows(80))
+    section = SECTION.model_copy(update={"loss": loss, "centring": 0.01})
+    summary = run(
+        section, RewardInputs(rankings, str(policy)), tmp_path, single_process_context(1, seed=0)
+    )
+    assert summary.figures["pair_accuracy"]["mean"] > 0.8
+
+
+def test_a_rankings_weight_is_how_often_it_counts(policy, tmp_path):
+    folder = tiny_reward_folder(tmp_path / "reward", policy)
+    model = RewardModel.load(str(folder)).model
+    context = single_process_context(1)
+
+    def row(id, weight, *sequences):
+        return RankedRow(id, sequences, (1, 2), (1, 1), None, weight, id)
+
+    def gradient(rows):
+        function = partial(weighted_loss, pad_id=0, ranking_loss=ranking_loss(SECTION))
+        model.zero_grad()
+        loss = accumulate(parallel(model, function, context), rows, context)
+        return loss, {name: p.grad.clone() for name, p in model.named_parameters()}
+
+    first, second = ((5, 6, 7), (5, 6, 8, 9)), ((9, 8), (9, 7, 6, 5))
+    loss, got = gradient([row("a", 3.0, *first), row("b", 1.0, *second)])
+    expected_loss, expected = gradient([*[row("a", 1.0, *first)] * 3, row("b", 1.0, *second)])
+    assert loss == pytest.approx(expected_loss, rel=1e-5)
+    assert_close(got, expected, rtol=1e-4, atol=1e-5)

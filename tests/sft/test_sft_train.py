@@ -15,6 +15,7 @@ from starling.base.errors import DataError
 from starling.data.records import Message
 from starling.models.interfaces import Request, Sampling
 from starling.models.local import load_local
+from starling.sft import train as sft_train
 from starling.sft.config import Architecture, SftInputs, SftSection
 from starling.sft.train import run
 from tiny import tiny_policy_folder
@@ -97,6 +98,44 @@ def test_loss_and_gradient_are_transformers_own_with_labels_on_the_assistants_to
     norm = torch.stack([p.grad.norm() for p in model.parameters()]).norm()
     assert rows[0]["sft/loss"] == pytest.approx(expected.item(), rel=1e-5)
     assert rows[0]["sft/grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
+
+
+def test_an_architecture_that_cannot_be_packed_is_padded_and_learns_the_same(
+    tmp_path, monkeypatch, caplog
+):
+    base = tiny_policy_folder(tmp_path / "base")
+    conversations = [["What is it?", "so " * length] for length in (60, 5, 70, 33, 1, 50, 65)]
+    found = []
+    for name in ("packed", "padded"):
+        (tmp_path / name).mkdir()
+        with caplog.at_level(logging.INFO):
+            found.append(tune(tmp_path / name, conversations, base, steps=3, batch=5, lr=1e-3)[1])
+        monkeypatch.setattr(sft_train, "why_not_packed", lambda _model: "it has sinks")
+    assert "conversations are padded, not packed: it has sinks" in caplog.text
+    for packed, padded in zip(*found, strict=True):
+        assert packed["sft/loss"] == pytest.approx(padded["sft/loss"], rel=1e-5)
+        assert packed["sft/grad_norm"] == pytest.approx(padded["sft/grad_norm"], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"train": "lora", "gradient_checkpointing": True}, {"precision": "bfloat16"}],
+    ids=["lora", "bfloat16"],
+)
+def test_adapters_and_bfloat16_learn_too_and_leave_a_plain_float32_model(tmp_path, settings):
+    base = tiny_policy_folder(tmp_path / "base")
+    _, rows = tune(
+        tmp_path, [["Hm", "The answer is no."]], base, steps=8, batch=2, lr=1e-2, **settings
+    )
+    assert rows[-1]["sft/loss"] < 0.7 * rows[0]["sft/loss"]
+    before, after = (
+        load_file(path / "model.safetensors") for path in (base, tmp_path / "out" / "model")
+    )
+    assert before.keys() == after.keys()
+    assert {tensor.dtype for tensor in after.values()} == {torch.float32}
+    changed = {name for name in after if not torch.equal(before[name], after[name])}
+    assert ("model.embed_tokens.weight" in changed) == ("train" not in settings)
+    assert "model.layers.0.mlp.up_proj.weight" in changed
 
 
 @pytest.fixture(scope="module")

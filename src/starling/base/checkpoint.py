@@ -7,7 +7,8 @@
       .tmp-...                          a save that was interrupted; the next save removes it
 
 A folder gets its final name only when it is complete and on disk, so a kill at any moment leaves
-the checkpoints before it and, at most, a folder that nobody reads. One process writes to a folder.
+the checkpoints before it and, at most, a folder that nobody reads. One process writes to a folder:
+of several, rank 0 does, with whole tensors, and any number of processes resumes from it.
 What goes into a snapshot, and comes back out, is in `training_state.py`.
 """
 

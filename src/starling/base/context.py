@@ -1,18 +1,31 @@
 """Where a run runs: rank, device, threads, and whether it was asked to stop.
 
-The only place that asks for a device, sets the number of threads or handles signals.
+The only place that asks for a device, sets the number of threads, handles signals or joins the
+other processes of a run (`torchrun` says in the environment which they are).
 """
 
+import dataclasses
+import logging
 import os
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
 from types import FrameType
 
 from starling.base.errors import RecipeError, Stopped
 from starling.base.spending import Spending
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+WAIT = timedelta(days=30)
+"""Processes wait for rank 0 through whole stages; a dead one ends the others at once."""
+
+LEAVE = timedelta(seconds=2)
+"""How long the others let rank 0 leave first; one that waits for them hears when they are gone."""
 
 
 class StopFlag:
@@ -44,8 +57,9 @@ class StopFlag:
     def _remember(self, number: int, _frame: FrameType | None) -> None:
         if self.signal_number is None:
             self.signal_number = number
-            # os.write, since a handler may interrupt a print or a log call halfway.
-            os.write(2, b"\nStopping after this step; Ctrl-C stops at once.\n")
+            if os.environ.get("RANK", "0") == "0":
+                # os.write, since a handler may interrupt a print or a log call halfway.
+                os.write(2, b"\nStopping after this step; Ctrl-C stops at once.\n")
         elif number == signal.SIGINT:
             raise KeyboardInterrupt
 
@@ -62,6 +76,77 @@ class Context:
     """Every random stream of the run is derived from it."""
     stop: StopFlag = field(default_factory=StopFlag)
     spending: Spending = field(default_factory=Spending)
+
+    def most(self, value: int) -> int:
+        """The largest value that any process gives; all of them have to ask."""
+        if self.world_size == 1:
+            return value
+        import torch
+        import torch.distributed as dist
+
+        largest = torch.tensor(value)
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        return int(largest)
+
+    def own_path(self, path: Path) -> Path:
+        """The path itself on rank 0; elsewhere one that is removed when the stage ends."""
+        return path if self.rank == 0 else path.with_name(f".tmp-rank-{self.rank}-{path.name}")
+
+
+@contextmanager
+def joined_processes() -> Iterator[tuple[int, int]]:
+    """Join the processes that torchrun started; yields our rank and how many there are.
+
+    The first process that fails says why; the others then leave with its exit status, silently.
+    Ranks above 0 log nothing below errors.
+    """
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        yield 0, 1
+        return
+    import torch
+    import torch.distributed as dist
+    from torch.distributed.rendezvous import rendezvous
+
+    store, rank, size = next(rendezvous("env://", timeout=WAIT))
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=WAIT)
+    if rank > 0:
+        logging.disable(logging.WARNING)
+    try:
+        yield rank, size
+    except BaseException as error:
+        if store.add("failures", 1) > 1:
+            raise SystemExit(int(store.get("status"))) from error
+        store.set("status", str(getattr(error, "exit_code", 1)))
+        raise
+    finally:
+        logging.disable(logging.NOTSET)
+        dist.destroy_process_group()
+        if rank == 0:
+            store.set("rank 0 left", "")
+        else:
+            # torchrun kills the others when one exits, and rank 0 may be putting files back.
+            with suppress(RuntimeError):
+                store.wait(["rank 0 left"], LEAVE)
+
+
+def context_from_environment(
+    threads: int, device: str | None, *, seed: int, spending: Spending
+) -> Context:
+    """The context of this process among those that torchrun started, each on a GPU of its own.
+
+    Raises like `choose_device`, and for a numbered GPU that several processes would share.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size > 1 and choose_device(device).startswith("cuda"):
+        if ":" in (device or ""):
+            raise RecipeError(f"device is {device!r} for {size} processes; set device: cuda")
+        import torch
+
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(choose_device(device))
+    context = single_process_context(threads, device, seed=seed, spending=spending)
+    return dataclasses.replace(context, rank=int(os.environ.get("RANK", "0")), world_size=size)
 
 
 def single_process_context(

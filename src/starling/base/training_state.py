@@ -2,6 +2,9 @@
 
 `checkpoint.py` writes what this file makes. Nothing is cast: a restored moment has the dtype it was
 saved with. Tensors share memory with their owner, so save them before the next step.
+
+Where several processes each hold a share of a tensor (a DTensor), `gathered` makes whole ones on
+rank 0 and `shared_like` cuts one up again, so a checkpoint does not know how many wrote it.
 """
 
 from collections import defaultdict
@@ -10,7 +13,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
+from starling.base.context import Context
 from starling.base.errors import CheckpointError, some
 
 
@@ -54,8 +59,8 @@ def restore_optimizer(
                 f"{list(parameter.shape)}"
             )
         # torch keeps the step counter of AdamW on the CPU, whatever the device.
-        device = "cpu" if key == "step" else parameter.device
-        moments[parameter][key] = tensor.to(device, copy=True)
+        is_counter = key == "step"
+        moments[parameter][key] = tensor.clone() if is_counter else shared_like(parameter, tensor)
     groups = [
         {key: tuple(value) if key == "betas" else value for key, value in group.items()}
         for group in state["groups"]
@@ -66,6 +71,30 @@ def restore_optimizer(
         raise _misfit(str(error)) from error
     # Not by `load_state_dict`, which casts moments to the dtype of their parameter.
     optimizer.state.update(moments)
+
+
+def gathered(tensors: Mapping[str, Tensor], context: Context) -> dict[str, Tensor]:
+    """The whole tensors on rank 0, nothing elsewhere; every process calls it.
+
+    What was shared out arrives on the CPU, one tensor at a time: rank 0 needs CPU memory for all of
+    them (in full fine-tuning 12 bytes a parameter), its GPU for the largest.
+    """
+    whole = {}
+    for name, tensor in tensors.items():
+        if isinstance(tensor, DTensor):
+            tensor = tensor.full_tensor().cpu() if context.rank == 0 else tensor.full_tensor()
+        if context.rank == 0:
+            whole[name] = tensor.detach()
+    return whole
+
+
+def shared_like(owner: Tensor, tensor: Tensor) -> Tensor:
+    """A copy of a whole tensor on the owner's device, or this process's share if it has one."""
+    copy = tensor.to(owner.device, copy=True)
+    if isinstance(owner, DTensor):
+        # Every process has read the same file: nothing needs to be sent.
+        return distribute_tensor(copy, owner.device_mesh, owner.placements, src_data_rank=None)
+    return copy
 
 
 def prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -176,11 +176,17 @@ class RankingRow(_Asked):
     turns: int | None = None
     num_responses: int | None = None
     good_natured: bool | None = None
+    weight: float = Field(1.0, gt=0)
+    """How much the ranking counts in training, beside the others."""
 
     @model_validator(mode="after")
     def _check_answers(self) -> "RankingRow":
         if len(self.answers) < 2:
             raise ValueError(f"{len(self.answers)} answer(s); a ranking needs at least 2")
+        if self.num_responses not in (None, len(self.answers)):
+            raise ValueError(
+                f"num_responses is {self.num_responses}, and there are {len(self.answers)} answers"
+            )
         if any(not answer.answer.strip() for answer in self.answers):
             raise ValueError("an answer is empty")
         dense_ranks([answer.rank for answer in self.answers])

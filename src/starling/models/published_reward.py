@@ -27,7 +27,7 @@ from starling.base.errors import InputError, ModelError, some
 from starling.data.chat import build_codec
 from starling.data.tokenizer import load_tokenizer
 from starling.models.loading import PICKLES, SIDE_FILES, check_vocabulary, empty_model, load_config
-from starling.models.reward_model import RewardModel
+from starling.models.reward_model import READ_OUTS, RewardModel
 
 logger = logging.getLogger(__name__)
 
@@ -38,11 +38,19 @@ _BACKBONE = re.compile(r"^(transformer|model\.model|model)\.")
 _UNUSED = re.compile(r"(^|\.)lm_head\.weight$|rotary_emb\.inv_freq$")
 
 
-def convert(checkpoint: Path, base: str, out: Path, *, chat_format: str | None = None) -> str:
+def convert(
+    checkpoint: Path,
+    base: str,
+    out: Path,
+    *,
+    chat_format: str | None = None,
+    read_out: str = "last_token",
+) -> str:
     """Convert a checkpoint (a file, or a folder of shards), save it, and say what was made.
 
-    Without `chat_format` it is chatml where the base has ChatML's markers, else llama-2.  Raises
-    ModelError or DataError for a checkpoint and a base that do not fit each other.
+    Without `chat_format` it is chatml where the base has ChatML's markers, else llama-2; `read_out`
+    is RewardModel's.  Raises ModelError or DataError for a checkpoint and a base that do not fit
+    each other.
     """
     if out.exists():
         raise ModelError(f"{out} exists already; give --out a new folder")
@@ -60,7 +68,8 @@ def convert(checkpoint: Path, base: str, out: Path, *, chat_format: str | None =
     _check_weights(checkpoint, weights, model.state_dict())
     model.load_state_dict(weights, assign=True)
     limit = getattr(config, "max_position_embeddings", None) or MAX_LENGTH
-    RewardModel(model.eval(), codec, max_length=min(MAX_LENGTH, limit)).save(out)
+    length = min(MAX_LENGTH, limit)
+    RewardModel(model.eval(), codec, max_length=length, read_out=read_out).save(out)
     return f"a reward model of {model.num_parameters():,} parameters that reads {codec.format.name}"
 
 
@@ -140,10 +149,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--base", required=True, help="folder or hub id it was trained from")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--chat-format", choices=("llama-2", "chatml"), help="default: by the base")
+    parser.add_argument(
+        "--read-out",
+        choices=READ_OUTS,
+        default="last_token",
+        help="published_padded: where Starling-RM-7B-alpha's snippet reads, in the padding; "
+        "default: %(default)s",
+    )
     options = parser.parse_args(arguments)
     try:
         made = convert(
-            options.checkpoint, options.base, options.out, chat_format=options.chat_format
+            options.checkpoint,
+            options.base,
+            options.out,
+            chat_format=options.chat_format,
+            read_out=options.read_out,
         )
     except InputError as error:
         sys.stderr.write(f"error: {error}\n")

@@ -2,30 +2,44 @@
 
 Architecture: transformers' sequence classifier with one label, a bias-free linear layer on the
 final hidden state of the last real token (Starling-RM's, and what vLLM serves).  The read-out
-position comes from lengths, never from the pad id.
+position comes from lengths, never from the pad id.  `row_scores` is the one forward of training and
+of scoring; `RewardModel.score` is the one place where the stored normalisation is applied.
 
-Shapes: N conversations, T token positions, D model width.
+Shapes: N conversations, A answers of all rows, T token positions, D model width.
 """
 
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
-from starling.base.errors import ModelError
+from starling.base.errors import DataError, ModelError, some
 from starling.data.chat import ChatCodec
 from starling.data.records import Message
 from starling.models.causal_lm import Batch, length_batches, save_model
 from starling.models.loading import load_codec, load_config, load_weights
+from starling.models.packing import (
+    Packed,
+    packed_batches,
+    packed_ends,
+    share_prompt,
+    why_not_packed,
+)
 
 HEAD_NAMES = ("score", "classifier")
+READ_OUTS = ("last_token", "published_padded")
 HEAD_WEIGHTS = frozenset(f"{name}.{part}" for name in HEAD_NAMES for part in ("weight", "bias"))
+
+Rows = Sequence[Sequence[Sequence[int]]]
+"""Encoded conversations; those of one row had better begin alike, for what they share counts once.
+"""
 
 
 @dataclass(frozen=True)
@@ -35,11 +49,27 @@ class Scored:
     messages: tuple[Message, ...]
     mode: str | None = None
     finished: bool = True
+    id: str = ""
+    """What an error calls it; absent, its number."""
+
+
+class Score(NamedTuple):
+    """A conversation's score, normalised and raw, and how much of it the model read."""
+
+    score: float
+    raw_score: float
+    num_tokens: int
+    was_cut: bool
 
 
 @dataclass(frozen=True)
 class RewardModel:
-    """A sequence classifier with one label, its chat format, and its stored normalisation."""
+    """A sequence classifier with one label, its chat format, and its stored normalisation.
+
+    `read_out` is `last_token`, or `published_padded`: as Starling-RM-7B-alpha's own snippet does,
+    which pads to `max_length` with <unk>, takes the id of <s> for the pad's, and so reads the last
+    slot, whatever stands in it.
+    """
 
     model: PreTrainedModel
     codec: ChatCodec
@@ -47,24 +77,18 @@ class RewardModel:
     std: float = 1.0
     max_length: int = 2048
     truncate: str = "left"
+    read_out: str = "last_token"
 
     def __post_init__(self) -> None:
         if self.truncate not in ("left", "right"):
             raise ModelError(f"truncate is {self.truncate!r}; it must be left or right")
+        if self.read_out not in READ_OUTS:
+            raise ModelError(f"read_out is {self.read_out!r}; it must be {' or '.join(READ_OUTS)}")
 
     @staticmethod
     def load(reference: str, *, device: str = "cpu", dtype: str = "float32") -> "RewardModel":
         """Load a trained reward model; raises ModelError that says what else it found."""
-        config = load_config(reference)
-        architectures = getattr(config, "architectures", None) or ["none"]
-        if not architectures[0].endswith("ForSequenceClassification") or config.num_labels != 1:
-            raise ModelError(
-                f"{reference}: found a {architectures[0]} with {config.num_labels} label(s); a "
-                "reward model is a ...ForSequenceClassification with one. Train one with the "
-                "reward stage, or convert a published one: "
-                "python -m starling.models.published_reward"
-            )
-        return RewardModel._load(reference, config, device, dtype)
+        return RewardModel._load(reference, reward_config(reference), device, dtype)
 
     @staticmethod
     def from_language_model(
@@ -109,15 +133,7 @@ class RewardModel:
         head = score_head(model)
         if head.bias is not None:
             raise ModelError(f"{reference}: the reward head has a bias; the architecture has none")
-        limit = getattr(config, "max_position_embeddings", None) or 2048
-        return RewardModel(
-            model.to(device).eval(),
-            codec,
-            mean=float(getattr(config, "starling_reward_mean", 0.0)),
-            std=float(getattr(config, "starling_reward_std", 1.0)),
-            max_length=min(int(getattr(config, "starling_max_length", limit)), limit),
-            truncate=getattr(config, "starling_truncate", "left"),
-        )
+        return RewardModel(model.to(device).eval(), codec, **stored_reading(config))
 
     def save(self, folder: Path) -> None:
         """Save for `AutoModelForSequenceClassification`; normalisation stands in config.json."""
@@ -126,6 +142,7 @@ class RewardModel:
         config.starling_reward_std = self.std
         config.starling_max_length = self.max_length
         config.starling_truncate = self.truncate
+        config.starling_read_out = self.read_out
         save_model(folder, self.model, self.codec)
 
     def encode(self, item: Scored) -> tuple[list[int], bool]:
@@ -146,21 +163,85 @@ class RewardModel:
 
     def score(self, items: Iterable[Scored]) -> Float[Tensor, " N"]:
         """Normalised scores, in order; the same whatever else is scored with them."""
-        raw = self.raw_scores([self.encode(item)[0] for item in items])
-        return (raw - self.mean) / self.std
+        return torch.tensor([found.score for found in self.score_each(items)])
+
+    def score_each(self, items: Iterable[Scored]) -> list[Score]:
+        """As `score`, with what lies behind each number; DataError names those that are none."""
+        items = list(items)
+        encoded = [self.encode(item) for item in items]
+        rows: dict[Any, list[int]] = {}
+        for number, item in enumerate(items):
+            rows.setdefault((item.messages[:-1], item.mode), []).append(number)
+        found = self.raw_scores([[encoded[number][0] for number in row] for row in rows.values()])
+        raw = [0.0] * len(items)
+        for row, values in zip(rows.values(), found, strict=True):
+            for number, value in zip(row, values, strict=True):
+                raw[number] = value
+        names = [item.id or str(number) for number, item in enumerate(items, start=1)]
+        if broken := [
+            name for name, value in zip(names, raw, strict=True) if not math.isfinite(value)
+        ]:
+            raise DataError(
+                f"the scores of {len(broken)} of {len(items)} conversations are no finite numbers "
+                f"({some(broken, 8)}); look at these and at the reward model's weights"
+            )
+        return [
+            Score(self.normalised(value), value, len(ids), was_cut)
+            for value, (ids, was_cut) in zip(raw, encoded, strict=True)
+        ]
+
+    def normalised(self, raw_score: float) -> float:
+        """The stored normalisation; nothing else applies it."""
+        return (raw_score - self.mean) / self.std
 
     @torch.no_grad()
-    def raw_scores(self, sequences: Sequence[Sequence[int]]) -> Float[Tensor, " N"]:
-        """Scores before normalisation, of encoded conversations."""
-        scores = torch.zeros(len(sequences), dtype=torch.float32)
-        for indices in length_batches([len(ids) for ids in sequences], self.device):
-            batch = Batch([sequences[i] for i in indices], self.codec.tokenizer.pad_id, self.device)
-            scores[indices] = sequence_scores(self.model, batch).cpu()
-        return scores
+    def raw_scores(self, rows: Rows) -> list[list[float]]:
+        """Scores before normalisation, of every row's encoded conversations."""
+        tokens, width = self.codec.tokenizer, self.max_length
+        if self.read_out == "published_padded":
+            flat = [ids for row in rows for ids in row]
+            scores = iter(_padded_scores(self.model, flat, tokens.pad_id, width).tolist())
+            return [[next(scores) for _ in row] for row in rows]
+        found: list[list[float]] = [[] for _ in rows]
+        alone = [number for number, row in enumerate(rows) if len(row) == 1]
+        several = [number for number, row in enumerate(rows) if len(row) > 1]
+        shared = packed_batches([share_prompt(rows[number]) for number in several], self.device)
+        for batch in [alone, *([several[i] for i in indices] for indices in shared)]:
+            chosen = [rows[number] for number in batch]
+            scores = iter(row_scores(self.model, chosen, tokens.pad_id).tolist())
+            for number, row in zip(batch, chosen, strict=True):
+                found[number] = [next(scores) for _ in row]
+        return found
 
     @property
     def device(self) -> str:
         return str(self.model.device)
+
+
+def reward_config(reference: str) -> Any:
+    """The config of a trained reward model; raises ModelError that says what else it is."""
+    config = load_config(reference)
+    architectures = getattr(config, "architectures", None) or ["none"]
+    if not architectures[0].endswith("ForSequenceClassification") or config.num_labels != 1:
+        raise ModelError(
+            f"{reference}: found a {architectures[0]} with {config.num_labels} label(s); a "
+            "reward model is a ...ForSequenceClassification with one. Train one with the "
+            "reward stage, or convert a published one: "
+            "python -m starling.models.published_reward"
+        )
+    return config
+
+
+def stored_reading(config: Any) -> dict[str, Any]:
+    """How config.json says that a reward model reads and normalises; RewardModel's fields."""
+    limit = getattr(config, "max_position_embeddings", None) or 2048
+    return {
+        "mean": float(getattr(config, "starling_reward_mean", 0.0)),
+        "std": float(getattr(config, "starling_reward_std", 1.0)),
+        "max_length": min(int(getattr(config, "starling_max_length", limit)), limit),
+        "truncate": getattr(config, "starling_truncate", "left"),
+        "read_out": getattr(config, "starling_read_out", "last_token"),
+    }
 
 
 def score_head(model: PreTrainedModel) -> torch.nn.Linear:
@@ -172,9 +253,50 @@ def score_head(model: PreTrainedModel) -> torch.nn.Linear:
     raise ModelError(f"{type(model).__name__} has no linear score head")
 
 
+def row_scores(model: PreTrainedModel, rows: Rows, pad_id: int) -> Float[Tensor, " A"]:
+    """Raw float32 scores of all conversations, row by row: the forward of training and scoring.
+
+    What a row's conversations have in common is computed once, where the architecture allows; else,
+    and where every row holds but one, they are computed apart, similar lengths together.
+    """
+    if any(len(row) > 1 for row in rows) and why_not_packed(model) is None:
+        packed = Packed([share_prompt(row) for row in rows], model.device)
+        return _read(model, packed_ends(model, packed))
+    sequences = [ids for row in rows for ids in row]
+    batches = length_batches([len(ids) for ids in sequences], str(model.device))
+    scores = [
+        sequence_scores(model, Batch([sequences[i] for i in batch], pad_id, str(model.device)))
+        for batch in batches
+    ]
+    order = torch.tensor([index for batch in batches for index in batch], device=model.device)
+    return torch.cat([*scores, torch.zeros(0, device=model.device)])[order.argsort()]
+
+
 def sequence_scores(model: PreTrainedModel, batch: Batch) -> Float[Tensor, " N"]:
     """Raw float32 scores of a right-padded batch, read at each last real token."""
     backbone: Any = model.base_model
     hidden = backbone(input_ids=batch.token_ids, use_cache=False).last_hidden_state
-    last = hidden[torch.arange(len(batch.lengths), device=hidden.device), batch.lengths - 1]
-    return score_head(model)(last).float()[:, 0]
+    last = torch.arange(len(batch.lengths), device=hidden.device), batch.lengths - 1
+    return _read(model, hidden[last])
+
+
+def _padded_scores(
+    model: PreTrainedModel, sequences: Sequence[Sequence[int]], pad_id: int, width: int
+) -> Float[Tensor, " N"]:
+    """Raw scores read at the last of `width` slots, where shorter sequences have padding."""
+    backbone: Any = model.base_model
+    slots = torch.arange(width, device=model.device)
+    scores = []
+    for ids in sequences:
+        batch = Batch([ids], pad_id, str(model.device))
+        padded = pad(batch.token_ids, (0, width - len(ids)), value=pad_id)
+        mask = (slots < len(ids))[None]
+        hidden = backbone(input_ids=padded, attention_mask=mask, use_cache=False)
+        scores.append(_read(model, hidden.last_hidden_state[:, -1]))
+    return torch.cat(scores) if scores else torch.zeros(0)
+
+
+def _read(model: PreTrainedModel, states: Float[Tensor, "A D"]) -> Float[Tensor, " A"]:
+    """The head's value of each state."""
+    # A sum of products, not the layer: autocast would round the scores to bfloat16, 0.03 at 4.
+    return (states.float() * score_head(model).weight.float()).sum(dim=-1)

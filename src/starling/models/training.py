@@ -12,19 +12,22 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from starling.base.checkpoint import Snapshot, load_newest, save_checkpoint
 from starling.base.context import Context
-from starling.base.errors import CheckpointError, InputError
+from starling.base.errors import CheckpointError, InputError, some
 from starling.base.metrics import MetricsLog
 from starling.base.progress import Progress
 from starling.base.seeding import permutation
 from starling.base.training_state import (
     check_names,
     flatten_optimizer,
+    gathered,
     prefixed,
     restore_optimizer,
     select,
+    shared_like,
 )
 
 Schedule = Callable[[int], float]
@@ -72,7 +75,8 @@ class Trainable:
 
         Raises InputError for a norm that is not finite, before any weight has moved.
         """
-        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm))
+        total = torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
+        norm = float(total.full_tensor() if isinstance(total, DTensor) else total)
         if not math.isfinite(norm):
             raise InputError(
                 f"the gradient norm is {norm} at optimizer step {step}; lower the stage's lr, or "
@@ -115,7 +119,10 @@ class Journal:
     """A stage's record: metrics, timing, progress, and checkpoints that resume it exactly.
 
     `extra` is the stage's own state (plain JSON) and `tensors` its own tensors beside the modules:
-    whatever the loop carries from step to step.
+    whatever the loop carries from step to step.  Weights that do not learn are not saved.
+
+    Every process calls every method; rank 0 alone writes, shows, and gathers what the others hold
+    (`gathered` says what memory it takes).
     """
 
     def __init__(
@@ -129,29 +136,33 @@ class Journal:
         self._stage = stage
         self._every = every
         self._progress = Progress(stage, steps)
-        self._metrics = MetricsLog(out / "metrics.jsonl")
-        self._timing = MetricsLog(out / "timing.jsonl")
+        self._metrics = MetricsLog(context.own_path(out / "metrics.jsonl"))
+        self._timing = MetricsLog(context.own_path(out / "timing.jsonl"))
         self._clock = time.perf_counter()
 
     def resume(self) -> Snapshot:
         """Restore the newest checkpoint into modules and optimizer; step 0 when there is none."""
         snapshot = load_newest(self._folder)
         if snapshot is None:
-            self._metrics.cut_back(0)
+            self._cut_back(0)
             return Snapshot(0, {}, {"extra": {}})
         tensors = snapshot.tensors
         for name, module in self._trainable.modules.items():
-            saved = select(f"module/{name}", tensors)
-            check_names(f"weights of {name}", module.state_dict().keys(), saved)
-            _load(module, saved)
+            _load(name, module, select(f"module/{name}", tensors))
         restore_optimizer(
             self._trainable.optimizer, select("optimizer", tensors), snapshot.state["optimizer"]
         )
-        self._metrics.cut_back(snapshot.state["metrics_offset"])
+        self._cut_back(snapshot.state["metrics_offset"])
         return Snapshot(snapshot.step, select("extra", tensors), snapshot.state)
+
+    def _cut_back(self, offset: int) -> None:
+        if self._context.rank == 0:
+            self._metrics.cut_back(offset)
 
     def log(self, step: int, values: Mapping[str, float], note: str) -> None:
         """Write one step's metrics, its wall-clock seconds to timing.jsonl, and show `note`."""
+        if self._context.rank > 0:
+            return
         self._metrics.log(step, values)
         now = time.perf_counter()
         self._timing.log(step, {f"{self._stage}/seconds": now - self._clock})
@@ -164,18 +175,25 @@ class Journal:
         extra: Mapping[str, Any] | None = None,
         tensors: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """End a step: save when it is due or a signal has arrived, then stop if one has."""
-        stopping = self._context.stop.signal_number is not None
-        if step % self._every == 0 or stopping:
+        """End a step: save when it is due or a signal has arrived, then stop if one has.
+
+        One that reached any process stops them all.
+        """
+        stop = self._context.stop
+        stop.signal_number = self._context.most(stop.signal_number or 0) or None
+        if step % self._every == 0 or stop.signal_number is not None:
             self.save(step, extra or {}, tensors or {})
-        self._context.stop.check()
+        stop.check()
 
     def save(self, step: int, extra: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         """Write a checkpoint of everything the loop needs to go on after `step`."""
         optimizer = flatten_optimizer(self._trainable.optimizer)
         saved = prefixed("optimizer", optimizer.tensors) | prefixed("extra", tensors)
         for name, module in self._trainable.modules.items():
-            saved |= prefixed(f"module/{name}", module.state_dict())
+            saved |= prefixed(f"module/{name}", _learned(module))
+        saved = gathered(saved, self._context)
+        if self._context.rank > 0:
+            return
         state = {
             "optimizer": optimizer.state,
             "metrics_offset": self._metrics.offset(),
@@ -192,14 +210,24 @@ class Journal:
         self._timing.close()
 
 
-def _load(module: nn.Module, saved: Mapping[str, Tensor]) -> None:
-    try:
-        module.load_state_dict(saved)
-    except RuntimeError as error:
+def _learned(module: nn.Module) -> dict[str, Tensor]:
+    """The module's state without its frozen weights, which it has from where it was loaded."""
+    named = module.named_parameters(remove_duplicate=False)
+    frozen = {name for name, parameter in named if not parameter.requires_grad}
+    return {n: tensor for n, tensor in module.state_dict().items() if n not in frozen}
+
+
+def _load(name: str, module: nn.Module, saved: Mapping[str, Tensor]) -> None:
+    own = _learned(module)
+    check_names(f"weights of {name}", own.keys(), saved)
+    other = [key for key, tensor in own.items() if tensor.shape != saved[key].shape]
+    if other:
         raise CheckpointError(
-            f"the checkpoint is of a model with other shapes ({error}); delete the stage's "
-            "checkpoints to run the stage from its start"
-        ) from error
+            f"the checkpoint is of a model with other shapes ({some(other, 8)}); delete the "
+            "stage's checkpoints to run the stage from its start"
+        )
+    for key, tensor in own.items():
+        tensor.copy_(shared_like(tensor, saved[key]))
 
 
 def batch_indices(step: int, batch: int, n: int, seed: int, purpose: str) -> list[int]:

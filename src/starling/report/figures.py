@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#767676"
 
+MOST_POINTS = 1500
+"""Answers drawn of the held-out ones: more make the page heavy and the picture no clearer."""
+
 
 def draw_overoptimisation(run: Run) -> bytes | None:
     """Reward-model score above, gold below, against sequence KL; None without validations."""
@@ -74,6 +77,82 @@ def draw_accuracy(run: Run) -> bytes | None:
         return _svg(figure)
 
 
+def draw_best_of_n(run: Run) -> bytes | None:
+    """The judge's standing of the answer picked among n: by the model, by the judge, by chance."""
+    if run.evaluation is None:
+        return None
+    curve = run.evaluation["best_of_n"]
+    numbers = [point["n"] for point in curve]
+    picked = [Estimate(**point["model"]) for point in curve]
+    with new_figure(4.7, 2.8) as figure:
+        axes = figure.subplots()
+        axes.plot(numbers, [point["oracle"] for point in curve], "^:", color=GREEN, label="judge")
+        bars = {"yerr": error_bars(picked), "capsize": 2, "label": "reward model"}
+        axes.errorbar(numbers, [each.mean for each in picked], color=BLUE, marker="o", **bars)
+        _draw_chance(axes, curve[0]["chance"], "chance")
+        axes.set_xticks(numbers)
+        axes.set_xlabel("answers to choose from")
+        axes.set_ylabel("standing (1 best, 0 last)")
+        axes.legend(loc="upper left")
+        return _svg(figure)
+
+
+def draw_reliability(run: Run) -> bytes | None:
+    """How often the higher score is right, against how sure the model is of it."""
+    if run.evaluation is None:
+        return None
+    bins = run.evaluation["calibration"]["bins"]
+    with new_figure(4.7, 2.8) as figure:
+        axes = figure.subplots()
+        axes.plot([0.5, 1], [0.5, 1], "--", color="black", linewidth=1, label="as sure as right")
+        x, y = ([part[name] for part in bins] for name in ("predicted", "observed"))
+        axes.plot(x, y, "o-", color=BLUE, label="reward model")
+        axes.set_xlabel("probability that it claims")
+        axes.set_ylabel("share of pairs in order")
+        axes.set_ylim(min(0.45, *y), 1.02)
+        axes.legend(loc="upper left")
+        return _svg(figure)
+
+
+def draw_score_against_length(run: Run) -> bytes | None:
+    """Score of held-out answers against their length, the judge's best ones marked."""
+    if not run.held_out:
+        return None
+    ids = list(dict.fromkeys(row["id"] for row in run.held_out))
+    drawn = set(ids[:: -(-len(run.held_out) // MOST_POINTS)])
+    with new_figure(4.7, 2.8) as figure:
+        axes = figure.subplots()
+        for label, color, is_best in (("others", GREY, False), ("ranked best", BLUE, True)):
+            rows = [row for row in run.held_out if row["id"] in drawn]
+            rows = [row for row in rows if (row.get("rank") == 1) is is_best]
+            x, y = ([row[name] for row in rows] for name in ("chars", "score"))
+            axes.scatter(x, y, 9, color=color, alpha=0.5, linewidths=0, label=label)
+        axes.set_xscale("log")
+        axes.set_xlabel("characters of the answer")
+        axes.set_ylabel("score, normalised")
+        axes.legend(loc="best")
+        return _svg(figure)
+
+
+def draw_length_difference(run: Run) -> bytes | None:
+    """Accuracy against how much longer the better answer is."""
+    if run.evaluation is None:
+        return None
+    bins = run.evaluation["by_length_difference"]
+    shares = [Estimate(**part["accuracy"]) for part in bins]
+    with new_figure(4.7, 2.8) as figure:
+        axes = figure.subplots()
+        bars = {"yerr": error_bars(shares), "capsize": 2}
+        differences = [part["characters"] for part in bins]
+        axes.errorbar(differences, [share.mean for share in shares], color=BLUE, marker="o", **bars)
+        _draw_chance(axes, 0.5, "chance")
+        axes.axvline(0, color=GREY, linestyle=":", linewidth=1.2)
+        axes.set_ylim(0, 1.02)
+        axes.set_xlabel("characters of the better answer beyond the worse one's")
+        axes.set_ylabel("held-out pairs in order")
+        return _svg(figure)
+
+
 def draw_positions(run: Run) -> bytes | None:
     """Where the winner was shown, for the number of answers that occurs most often."""
     table = run.widest_position_table
@@ -125,10 +204,13 @@ def draw_against_kl(axes: "Axes", run: Run, name: str, label: str, color: str) -
 
 
 def error_bars(estimates: Sequence[Estimate]) -> list[list[float]]:
-    """Distances from the means down and up; none where the interval is not known."""
+    """Distances from the means down and up; none where the interval is not known.
+
+    Rounding can put an end on the wrong side of its mean by the last digit.
+    """
     return [
-        [e.mean - (e.mean if e.low is None else e.low) for e in estimates],
-        [(e.mean if e.high is None else e.high) - e.mean for e in estimates],
+        [0.0 if e.low is None else max(0.0, e.mean - e.low) for e in estimates],
+        [0.0 if e.high is None else max(0.0, e.high - e.mean) for e in estimates],
     ]
 
 

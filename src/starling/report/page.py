@@ -31,6 +31,14 @@ CHARTS = (
 )
 """Title, name (`figures` draws it, `words.html.j2` explains it), stage, and the data it needs."""
 
+REWARD_CHARTS = (
+    ("The best of n answers", "best_of_n", "reward", "evaluation"),
+    ("Is it as sure as it is right?", "reliability", "reward", "evaluation"),
+    ("Score against length", "score_against_length", "reward", "held-out answers"),
+    ("Accuracy by length difference", "length_difference", "reward", "evaluation"),
+)
+"""The same, for the reward model's own section."""
+
 
 def write_report(run_folder: Path) -> Path:
     """Write `report.html` into the run folder; DataError for one without a run, or damaged."""
@@ -55,10 +63,13 @@ def _render(run: Run) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    charts = [
-        {"title": title, "name": name, "stage": stage, "data": data, "image": _image(run, name)}
-        for title, name, stage, data in CHARTS
-    ]
+    charts, reward_charts = (
+        [
+            {"title": title, "name": name, "stage": stage, "data": data, "image": _image(run, name)}
+            for title, name, stage, data in listed
+        ]
+        for listed in (CHARTS, REWARD_CHARTS if run.evaluation else ())
+    )
     return environment.get_template("page.html.j2").render(
         version=__version__,
         run=run,
@@ -66,6 +77,7 @@ def _render(run: Run) -> str:
         columns=COLUMNS,
         sides=(BEFORE, AFTER),
         charts=charts,
+        reward_charts=reward_charts,
     )
 
 

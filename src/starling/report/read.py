@@ -38,6 +38,12 @@ class Run(NamedTuple):
     ppo_metrics: tuple[dict[str, Any], ...]
     validations: tuple[ValidationPoint, ...]
     audit: dict[str, Any] | None
+    evaluation: dict[str, Any] | None
+    """The reward model on held-out rankings."""
+    held_out: tuple[dict[str, Any], ...]
+    """Their answers with rank, score and length."""
+    pair_file: dict[str, Any] | None
+    """The reward model on somebody's pairs."""
     examples: tuple[tuple[dict[str, Any], dict[str, Any]], ...]
     """Rows of answers.jsonl that answer one question, before and after."""
 
@@ -100,6 +106,9 @@ def read_run(folder: Path) -> Run:
         ppo_metrics=tuple(_rows(folder / "ppo" / "metrics.jsonl")),
         validations=_validations(folder / "ppo" / "validation", seed=recipe.get("seed", 0)),
         audit=_json(folder / "feedback" / "audit.json"),
+        evaluation=_json(folder / "reward" / "evaluation.json"),
+        held_out=tuple(_rows(folder / "reward" / "held_out.jsonl")),
+        pair_file=_json(folder / "reward" / "pairs.json"),
         examples=tuple(_examples(_rows(folder / "bench" / "answers.jsonl"))),
     )
 

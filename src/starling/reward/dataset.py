@@ -21,6 +21,10 @@ class RankedRow:
     sequences: tuple[tuple[int, ...], ...]
     ranks: tuple[int | None, ...]
     answer_chars: tuple[int, ...]
+    source: str | None
+    weight: float
+    key: str
+    """Nectar's key of the prompt: rows that share it never stand on both sides of the split."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +52,7 @@ def encode_rankings(
             f"{sum(cuts)} of {num_answers} answers were cut to {reward_model.max_length} tokens "
             f"(reward.truncate: {reward_model.truncate})"
         )
-    keys = [dedup_key(ranking.messages) for ranking in rankings]
-    prompts = list(dict.fromkeys(keys))
+    prompts = list(dict.fromkeys(row.key for row in encoded))
     order = permutation(len(prompts), seed, "reward/split", 0)
     num_held_out = max(1, round(held_out * len(prompts)))
     if num_held_out >= len(prompts):
@@ -59,8 +62,8 @@ def encode_rankings(
         )
     apart = {prompts[index] for index in order[:num_held_out]}
     rows = RankedRows(
-        train=[row for row, key in zip(encoded, keys, strict=True) if key not in apart],
-        held_out=[row for row, key in zip(encoded, keys, strict=True) if key in apart],
+        train=[row for row in encoded if row.key not in apart],
+        held_out=[row for row in encoded if row.key in apart],
         num_cut=sum(cuts),
         num_answers=num_answers,
     )
@@ -72,20 +75,27 @@ def encode_rankings(
     return rows
 
 
-def _encode_row(ranking: RankingRow, reward_model: RewardModel) -> tuple[RankedRow, int]:
-    sequences, num_cut = [], 0
-    for answer in ranking.answers:
-        message = Message(role="assistant", content=answer.answer)
-        item = Scored(
-            (*ranking.messages, message), ranking.mode, finished=answer.finish_reason != "length"
+def answer_conversations(ranking: RankingRow) -> list[Scored]:
+    """The prompt with each of its answers, as a reward model is asked about it."""
+    return [
+        Scored(
+            (*ranking.messages, Message(role="assistant", content=answer.answer)),
+            ranking.mode,
+            finished=answer.finish_reason != "length",
         )
-        ids, cut = reward_model.encode(item)
-        sequences.append(tuple(ids))
-        num_cut += cut
+        for answer in ranking.answers
+    ]
+
+
+def _encode_row(ranking: RankingRow, reward_model: RewardModel) -> tuple[RankedRow, int]:
+    encoded = [reward_model.encode(item) for item in answer_conversations(ranking)]
     row = RankedRow(
         id=ranking.id,
-        sequences=tuple(sequences),
+        sequences=tuple(tuple(ids) for ids, _ in encoded),
         ranks=tuple(ranking.ranks),
         answer_chars=tuple(len(answer.answer) for answer in ranking.answers),
+        source="/".join(ranking.source or ()) or None,
+        weight=ranking.weight,
+        key=dedup_key(ranking.messages),
     )
-    return row, num_cut
+    return row, sum(cut for _, cut in encoded)

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field, model_validator
 
@@ -43,10 +44,22 @@ class SftSection(Section):
     """Make a new small model instead of loading `base`."""
     chat_format: str | None = None
     """How messages become text: openchat, chatml, plain; absent: the base's own (new: openchat)."""
+    train: Literal["full", "top", "head", "lora"] = "full"
+    """Which weights learn: all, the `top_layers` and the head, the head, or LoRA adapters."""
+    top_layers: int = Field(4, ge=1)
+    """Transformer blocks that learn with train: top."""
+    lora_rank: int = Field(16, ge=1)
+    """Rank of the adapters with train: lora; they are merged into the saved model."""
+    lora_alpha: float = Field(32.0, gt=0)
+    """Adapters count alpha / rank."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Arithmetic of the forward pass; weights, optimizer and loss stay float32."""
+    gradient_checkpointing: bool = False
+    """Compute activations again instead of keeping them: less memory, a third more time."""
     steps: int = Field(400, ge=1)
     """Optimizer steps."""
     batch: int = Field(64, ge=1)
-    """Conversations per optimizer step."""
+    """Conversations per optimizer step, over all processes."""
     lr: float = Field(1e-5, gt=0)
     """Peak learning rate; linear warm-up, then cosine decay to zero."""
     warmup_steps: int = Field(20, ge=0)

@@ -1,0 +1,363 @@
+"""Packing: answers to one prompt share its computation, in one flat sequence.
+
+A row stands as its prompt, once, then its answers, one behind the other; the next row follows.
+Each token sees its own prompt and its own answer, never another answer or row, and positions
+restart behind the prompt, so that every state is the one of `prompt + answer` alone.
+
+Attention is the only part of a model in which tokens meet, and the only part replaced, through
+transformers' attention interface.  It is split: a row's prompt over itself, then its answers over
+prompt and themselves (one block mask over the whole sequence is slower than no packing at all when
+answers are long).  On a GPU flex attention skips the blocks that see nothing, and does it at once.
+
+Shapes: T tokens of all rows, A answers of all rows, D model width; inside attention K answers of
+one row, R tokens of its longest answer, H heads, d their width.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache
+from threading import local
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from starling.base.errors import ModelError
+from starling.models.causal_lm import TOKENS_PER_BATCH
+
+NAME = "starling_packed"
+
+NOT_PLAIN = {
+    "attn_logit_softcapping": "capped scores",
+    "attention_chunk_size": "chunks",
+    "alibi": "ALiBi",
+    "use_bidirectional_attention": "no causal order",
+    "is_encoder_decoder": "an encoder",
+}
+
+
+@dataclass(frozen=True)
+class PackedRow:
+    """A prompt and the answers to it, as ids; without answers it is a plain conversation."""
+
+    prompt: tuple[int, ...]
+    answers: tuple[tuple[int, ...], ...] = ()
+
+    def __post_init__(self) -> None:
+        if not (self.prompt or self.answers) or not all(self.answers):
+            raise ValueError("a packed row needs tokens, and so does each of its answers")
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prompt) + sum(map(len, self.answers))
+
+
+def share_prompt(sequences: Sequence[Sequence[int]]) -> PackedRow:
+    """Split sequences into their longest common prefix and the rest, at least one token each."""
+    rows = [tuple(ids) for ids in sequences]
+    shared = min(map(len, rows)) - 1
+    first, last = min(rows), max(rows)  # what these two share, all that sort between them do
+    shared = next((place for place in range(shared) if first[place] != last[place]), shared)
+    return PackedRow(rows[0][:shared], tuple(ids[shared:] for ids in rows))
+
+
+def packed_batches(
+    rows: Sequence[PackedRow], device: str, *, tokens: int | None = None
+) -> list[list[int]]:
+    """Indices in batches of at most `tokens`, long rows first; a longer row is a batch of its own.
+
+    Without `tokens`, as many as suit the device.
+    """
+    limit = TOKENS_PER_BATCH[device.partition(":")[0]] if tokens is None else tokens
+    batches: list[list[int]] = []
+    used = 0
+    for index in sorted(range(len(rows)), key=lambda index: (-rows[index].num_tokens, index)):
+        used += rows[index].num_tokens
+        if not batches or used > limit:
+            batches.append([])
+            used = rows[index].num_tokens
+        batches[-1].append(index)
+    return batches
+
+
+@dataclass(frozen=True)
+class _Row:
+    """The shape of a row; places count from its first answer's first token."""
+
+    prompt: int
+    lengths: tuple[int, ...]
+    ends: Tensor  # [K]
+    padded: Tensor | None  # [K, R] places, where padding repeats the first; None: equally long
+    inside: Tensor  # [K, R] True = no padding
+
+    @staticmethod
+    def of(row: PackedRow, device: str | torch.device) -> "_Row":
+        lengths = tuple(map(len, row.answers))
+        sizes = torch.tensor(lengths, dtype=torch.long)
+        steps = torch.arange(max(lengths, default=0))
+        inside = steps < sizes[:, None]
+        padded = (sizes.cumsum(0) - sizes)[:, None] + torch.where(inside, steps, 0)
+        is_ragged = not bool(inside.all())
+        return _Row(
+            len(row.prompt),
+            lengths,
+            (sizes.cumsum(0) - 1).to(device),
+            padded.to(device) if is_ragged else None,
+            inside.to(device),
+        )
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """What attention has to know; it travels through the model as a keyword argument."""
+
+    rows: tuple[_Row, ...]
+    tags: Tensor  # [2, T] row and answer of each token, answer -1 in prompts
+    depths: Tensor  # [T]
+    ends: Tensor | None = None  # [A] when nothing else is read from the last layer
+    masks: dict[Any, Any] = field(default_factory=dict)  # those made so far
+
+
+class Packed:
+    """Rows as one flat sequence: ids and positions [1, T], and each answer's last place [A]."""
+
+    def __init__(self, rows: Sequence[PackedRow], device: str | torch.device = "cpu") -> None:
+        token_ids: list[int] = []
+        tags: list[tuple[int, int, int]] = []
+        ends: list[int] = []
+        for number, row in enumerate(rows):
+            for answer, ids in enumerate([row.prompt, *row.answers], start=-1):
+                start = 0 if answer < 0 else len(row.prompt)
+                token_ids += ids
+                tags += [(number, answer, start + step) for step in range(len(ids))]
+                ends += [len(token_ids) - 1] if answer >= 0 else []
+        tensors = torch.tensor(tags, device=device).T.contiguous()
+        self.token_ids = torch.tensor([token_ids], device=device)
+        self.positions = tensors[2:]
+        self.ends = torch.tensor(ends, dtype=torch.long, device=device)
+        shapes = tuple(_Row.of(row, device) for row in rows)
+        self.layout = _Layout(shapes, tensors[:2], tensors[2])
+
+
+def packed_states(model: PreTrainedModel, packed: Packed) -> Float[Tensor, "T D"]:
+    """Final-norm'd hidden states of the flat sequence; raises ModelError for a model it cannot run.
+
+    The model keeps our attention from then on, because gradient checkpointing runs it again during
+    the backward pass; called without a layout, that is transformers' own `sdpa`.
+    """
+    return _run(model, packed, packed.layout)
+
+
+def packed_ends(model: PreTrainedModel, packed: Packed) -> Float[Tensor, "A D"]:
+    """`packed_states` at each answer's end alone: the last layer computes little else.
+
+    It still makes every token's key and value; its queries and its feed-forward are needed at the
+    ends only.  A quarter faster with four layers.
+    """
+    layout = replace(packed.layout, ends=packed.ends)
+    return _run(model, packed, layout)[packed.ends]
+
+
+def _run(model: PreTrainedModel, packed: Packed, layout: _Layout) -> Tensor:
+    backbone: Any = model.get_decoder()
+    if backbone.config._attn_implementation != NAME:
+        if reason := why_not_packed(model):
+            raise ModelError(f"{type(model).__name__} cannot be packed: {reason}")
+        backbone.config._attn_implementation = NAME
+        _narrow_last_layer(backbone)
+    # Four dimensions: transformers builds no mask.  Empty: any attention but ours would refuse it.
+    no_mask = torch.empty(1, 1, 0, 0, device=packed.token_ids.device)
+    return backbone(
+        input_ids=packed.token_ids,
+        position_ids=packed.positions,
+        attention_mask=no_mask,
+        use_cache=False,
+        packed_layout=layout,
+    ).last_hidden_state[0]
+
+
+def why_not_packed(model: PreTrainedModel) -> str | None:
+    """Why this architecture cannot be packed, or None: its attention has to be plain and causal."""
+    backbone: Any = model.get_decoder()
+    config = backbone.config
+    if not backbone._supports_attention_backend:
+        return "transformers offers no attention interface for it"
+    if config._attn_implementation not in ("sdpa", NAME):
+        return f"its attention is computed by {config._attn_implementation}, not by sdpa"
+    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
+    if backbone._is_stateful or kinds - {"sliding_attention"}:
+        return f"it has layers that are not plain attention: {sorted(kinds)}"
+    for key, meaning in NOT_PLAIN.items():
+        if getattr(config, key, None):
+            return f"its attention has {meaning} ({key})"
+    if any(name.endswith("sinks") for name, _ in backbone.named_parameters()):
+        return "its attention has sinks"
+    return None
+
+
+class _Last(local):
+    """Where the last layer, now running, is read; None: everywhere."""
+
+    ends: Tensor | None = None
+    num_tokens = 0
+
+
+_LAST = _Last()
+
+
+def _narrow_last_layer(backbone: Any) -> None:
+    """Let what is not attention run at the ends alone, in models that name their parts as most do.
+
+    By hooks, which hold for gradient checkpointing's second run as well: the layout reaches
+    attention only, which notes it for the rest of its layer.
+    """
+    layer = list(getattr(backbone, "layers", [None]))[-1]
+    attention = getattr(layer, "self_attn", None)
+    if attention is None or _enter in attention._forward_pre_hooks.values():
+        return
+    attention.register_forward_pre_hook(_enter, with_kwargs=True)
+    feed_forward = getattr(layer, "mlp", None)
+    parts = [getattr(attention, "q_proj", None), getattr(attention, "o_proj", None)]
+    for part in [*parts, None if hasattr(feed_forward, "experts") else feed_forward]:
+        if part is not None:
+            part.register_forward_pre_hook(_narrow)
+            part.register_forward_hook(_widen)
+
+
+def _enter(_module: nn.Module, _arguments: Any, keywords: dict[str, Any]) -> None:
+    layout: _Layout | None = keywords.get("packed_layout")
+    _LAST.ends = None if layout is None else layout.ends
+    _LAST.num_tokens = 0 if layout is None else len(layout.depths)
+
+
+def _narrow(_module: nn.Module, arguments: tuple[Tensor]) -> tuple[Tensor]:
+    return arguments if _LAST.ends is None else (arguments[0][:, _LAST.ends],)
+
+
+def _widen(_module: nn.Module, _arguments: Any, output: Tensor) -> Tensor:
+    if _LAST.ends is None:
+        return output
+    whole = output.new_zeros(1, _LAST.num_tokens, output.shape[2])
+    return whole.index_copy(1, _LAST.ends, output)
+
+
+def _attention(
+    module: Any,
+    query: Float[Tensor, "B H T d"],
+    key: Float[Tensor, "B G T d"],
+    value: Float[Tensor, "B G T d"],
+    attention_mask: Tensor | None,
+    *,
+    packed_layout: _Layout | None = None,
+    **settings: Any,
+) -> tuple[Float[Tensor, "B T H d"], None]:
+    """transformers' attention function: as ever without a layout."""
+    if packed_layout is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
+    if settings.get("softcap") is not None or settings.get("s_aux") is not None:
+        raise ValueError(f"{type(module).__name__}'s attention is not plain")
+    window = settings.get("sliding_window")
+    options = {"scale": settings.get("scaling"), "enable_gqa": True}
+    if query.is_cuda and not settings.get("dropout"):
+        query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast they are float32
+        mask = _block_mask(packed_layout, window)
+        found = _compiled_flex_attention()(query, key, value, block_mask=mask, **options)
+        return found.transpose(1, 2), None
+    options["dropout_p"] = settings.get("dropout", 0.0)
+    is_last = module.layer_idx == module.config.num_hidden_layers - 1
+    ends = packed_layout.ends if is_last else None
+    # Split once: the gradient of a slice would be as long as the sequence, for every row.
+    sizes = [size for row in packed_layout.rows for size in (row.prompt, sum(row.lengths))]
+    pieces = list(zip(*(tensor.split(sizes, 2) for tensor in (query, key, value)), strict=True))
+    parts = []  # [tokens, H, d] each
+    for row, prompt, answers in zip(packed_layout.rows, pieces[::2], pieces[1::2], strict=True):
+        if ends is None:
+            mask = _mask(packed_layout, row, "prompt", window)
+            parts.append(_attend(*prompt, mask, options)[0])
+        if row.lengths:
+            mine = (
+                _padded(answers[0], row)
+                if ends is None
+                else answers[0][:, :, row.ends].transpose(0, 2)
+            )
+            seen = [
+                torch.cat([shared.expand(len(row.lengths), -1, -1, -1), _padded(own, row)], dim=2)
+                for shared, own in zip(prompt[1:], answers[1:], strict=True)
+            ]
+            mask = _mask(packed_layout, row, "answers" if ends is None else "ends", window)
+            found = _attend(mine, *seen, mask, options)
+            is_ragged = ends is None and row.padded is not None
+            parts.append(found[row.inside] if is_ragged else found.flatten(0, 1))
+    found = torch.cat(parts)[None]
+    if ends is not None:
+        found = found.new_zeros(1, query.shape[2], *found.shape[2:]).index_copy(1, ends, found)
+    return found, None
+
+
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: dict[str, Any]
+) -> Tensor:
+    """Attention of [N, H, tokens, d] as [N, tokens, H, d]; causal without a mask."""
+    options = options | {"attn_mask": mask, "is_causal": mask is None}
+    return scaled_dot_product_attention(query, key, value, **options).transpose(1, 2)
+
+
+def _padded(tensor: Tensor, row: _Row) -> Tensor:
+    """A row's answers from [1, H, tokens, d] to [K, H, R, d]; padding stands behind them."""
+    if row.padded is not None:
+        return tensor[0][:, row.padded].transpose(0, 1)
+    return tensor[0].unflatten(1, row.inside.shape).transpose(0, 1)
+
+
+def _mask(
+    layout: _Layout, row: _Row, queries: str, window: int | None
+) -> Bool[Tensor, "..."] | None:
+    """Which keys each query sees, by how far back they stand; None: all up to itself."""
+    place = (id(row), queries, window)
+    if place not in layout.masks:
+        keys = torch.arange(row.prompt + (0 if queries == "prompt" else row.inside.shape[1]))
+        depths = {
+            "prompt": keys,
+            "answers": keys[row.prompt :],
+            "ends": row.prompt + torch.tensor(row.lengths)[:, None, None] - 1,
+        }[queries]
+        back = depths[..., None] - keys
+        keep = _in_reach(back, window)
+        is_causal = back.shape[-2:] == 2 * keys.shape and (window is None or len(keys) <= window)
+        layout.masks[place] = None if is_causal else keep.to(layout.depths.device)
+    return layout.masks[place]
+
+
+def _in_reach(back: Tensor, window: int | None) -> Tensor:
+    """Whether a query sees a key `back` positions before it."""
+    return back >= 0 if window is None else (back >= 0) & (back < window)
+
+
+def _block_mask(layout: _Layout, window: int | None) -> BlockMask:
+    """The same rule over the whole sequence, for flex attention."""
+    if window not in layout.masks:
+        (rows, answers), depths = layout.tags, layout.depths
+
+        def sees(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            shared = (answers[key] < 0) | (answers[key] == answers[query])
+            back = depths[query] - depths[key]
+            return (rows[query] == rows[key]) & shared & _in_reach(back, window)
+
+        size = len(depths)
+        layout.masks[window] = create_block_mask(sees, None, None, size, size, depths.device)
+    return layout.masks[window]
+
+
+@cache
+def _compiled_flex_attention() -> Any:
+    return torch.compile(flex_attention, dynamic=True)
+
+
+AttentionInterface.register(NAME, _attention)
+AttentionMaskInterface.register(NAME, sdpa_mask)

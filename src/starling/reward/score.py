@@ -1,0 +1,71 @@
+"""What `starling score` does: a file of conversations as scores, a file of pairs as accuracies."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from starling.base.progress import Progress
+from starling.data.records import Conversation, FinishReason
+from starling.data.reward_pairs import RewardPair
+from starling.data.rows import read_rows
+from starling.models.reward_model import RewardModel, Scored
+from starling.reward.evaluate import evaluate_pairs
+
+ROWS_AT_ONCE = 512
+
+
+class ConversationRow(Conversation):
+    """A finished conversation, with what a reward model's chat format can tell beside the text."""
+
+    mode: str | None = None
+    finish_reason: FinishReason | None = None
+
+
+def find_reward_model(reference: str) -> str:
+    """A run folder's own reward model; anything else stands for itself."""
+    own = Path(reference, "reward", "model")
+    return str(own) if own.is_dir() else reference
+
+
+def read_conversations(file: Path, quarantine: Path) -> list[Scored]:
+    """Conversations to score; one that was cut (finish_reason: length) gets no end marker."""
+    rows = read_rows(file, ConversationRow, quarantine=quarantine)
+    return [Scored(row.messages, row.mode, row.finish_reason != "length", row.id) for row in rows]
+
+
+def score_rows(reward_model: RewardModel, items: Sequence[Scored]) -> Iterator[dict[str, Any]]:
+    """A row for each conversation: id, score, raw_score, num_tokens and was_cut."""
+    with Progress("score", len(items)) as progress:
+        for start in range(0, len(items), ROWS_AT_ONCE):
+            part = items[start : start + ROWS_AT_ONCE]
+            for item, found in zip(part, reward_model.score_each(part), strict=True):
+                yield {"id": item.id, **found._asdict()}
+            progress.update(start + len(part))
+
+
+def measure_pairs(reward_model: RewardModel, pairs: Sequence[RewardPair]) -> dict[str, Any]:
+    """How often the chosen conversation scores higher, in all and by subset."""
+    sides = [
+        Scored(side.messages, id=f"{pair.id or number} ({name})")
+        for number, pair in enumerate(pairs, start=1)
+        for name, side in (("chosen", pair.chosen), ("rejected", pair.rejected))
+    ]
+    scores = [row["raw_score"] for row in score_rows(reward_model, sides)]
+    return evaluate_pairs(pairs, list(zip(scores[::2], scores[1::2], strict=True)), seed=0)
+
+
+def as_table(figures: dict[str, Any]) -> str:
+    """Accuracy by subset with its 95 % interval, beside the rule that the longer answer wins.
+
+    Few prompts have no interval.
+    """
+    subsets = figures["subsets"]
+    width = max(map(len, [*subsets, "subset"]))
+    lines = [f"{'subset':{width}}  {'pairs':>6}  accuracy               longer wins"]
+    for name, row in [*subsets.items(), ("all", figures["all"])]:
+        found = row["accuracy"]
+        low, high = found["low"], found["high"]
+        interval = "" if low is None else f"[{low:.3f}, {high:.3f}]"
+        accuracy = f"{found['mean']:.3f} {interval:14}"
+        lines.append(f"{name:{width}}  {found['n']:6}  {accuracy}   {row['longer']:.3f}")
+    return "\n".join([*lines, f"mean of the subsets: {figures['mean_of_subsets']:.3f}"])
