@@ -9,7 +9,7 @@ Measured are held-out pairs in order, adjacent pairs in order, and the gold scor
 the model picks among 16 of the starting policy, to the bench's questions (the same 16 for all).
 
 Prints a table in Markdown: means over the seeds, with an interval (Student's t, 95 %), and the
-difference from plackett-luce seed by seed.  Recorded in docs/kwise.md.
+difference from plackett-luce seed by seed.  Recorded in docs/reward.md.
 """
 
 import argparse

@@ -167,3 +167,11 @@ def test_the_score_of_a_served_model_is_normalised_here(reward_folder, file, cap
     assert cli.main(arguments) == 0
     rows = lines(capsys.readouterr().out)
     assert [row["raw_score"] for row in rows] == [row["num_tokens"] for row in rows]
+
+
+def test_pairs_that_were_cut_are_counted(reward_folder, pairs, tmp_path, capsys):
+    long = {"prompt": "Hi", "chosen": "x" * 300, "rejected": "No."}
+    with (tmp_path / "pairs.jsonl").open("a") as file:
+        file.write(json.dumps(long) + "\n")
+    assert cli.main(["score", str(reward_folder), "--pairs", "pairs.jsonl"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "1 of 8 conversations were cut"

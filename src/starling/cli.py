@@ -143,7 +143,7 @@ def _run(verb: str, arguments: list[str]) -> None:
             recipe: The settings, a group for each section.
             out: Run folder, in place of run.out.
             print_recipe: Only print the recipe with every default filled in.
-            plan: Only say which calls it would make, and what they cost at most.
+            plan: Only say which calls it would make, and about what they cost.
         """
         checked = validate_recipe(recipe.model_dump(mode="json"), source)
         if print_recipe:

@@ -116,6 +116,7 @@ def resolve_reward(section: RewardSection, recipe: Recipe, paths: Paths) -> Rewa
         rankings=paths.rows("reward.rankings", section.rankings or "feedback/rankings.jsonl"),
         base=paths.model("reward.base", section.base or _starting_policy(recipe)),
         policy=_reward_policy(section, recipe, paths),
+        policy_format=recipe.ppo.chat_format if recipe.ppo is not None else None,
     )
 
 

@@ -55,9 +55,9 @@ class Stage:
 
 
 PIPELINE = (
-    Stage("sft", 1, "starling.sft.train", resolve_sft, is_shared=True),
+    Stage("sft", 2, "starling.sft.train", resolve_sft, is_shared=True),
     Stage("feedback", 2, "starling.feedback.run", resolve_feedback),
-    Stage("reward", 1, "starling.reward.train", resolve_reward, is_shared=True),
+    Stage("reward", 2, "starling.reward.train", resolve_reward, is_shared=True),
     Stage("ppo", 1, "starling.ppo.train", resolve_ppo),
     Stage("bench", 1, "starling.bench.run", resolve_bench),
 )

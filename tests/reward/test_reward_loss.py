@@ -18,7 +18,6 @@ from starling.reward.loss import (
     bradley_terry_loss,
     centring,
     plackett_luce_loss,
-    row_mean,
 )
 
 LN_7_FACTORIAL = 8.525161  # training.md, section 2, item 7
@@ -185,11 +184,6 @@ def test_centring_is_the_square_of_the_kept_sum_over_k_less_one():
     scores = torch.tensor([[1.0, 2.0, 3.0], [1.0, -3.0, 99.0], [4.0, -4.0, torch.nan]])
     keep = torch.tensor([[True, True, True], [True, True, False], [True, True, False]])
     assert centring(scores, keep).tolist() == [18.0, 4.0, 0.0]
-
-
-def test_the_mean_over_rows_counts_each_by_its_weight():
-    mean = row_mean(torch.tensor([1.0, 4.0, 10.0]), torch.tensor([2.0, 1.0, 0.0]))
-    assert mean.item() == 2.0
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -1,7 +1,9 @@
 """The reward stage on a toy that can be learned: answers with a certain word win."""
 
+import dataclasses
 import json
 import random
+import shutil
 from functools import partial
 
 import pytest
@@ -10,7 +12,7 @@ from torch.testing import assert_close
 from transformers import AutoModelForSequenceClassification
 
 from starling.base.context import single_process_context
-from starling.base.errors import DataError
+from starling.base.errors import DataError, ModelError
 from starling.data.records import Message, RankingRow
 from starling.models.causal_lm import load_language_model, save_model
 from starling.models.interfaces import Request, Sampling
@@ -117,6 +119,27 @@ def test_scores_of_the_policys_own_answers_have_mean_zero_and_deviation_one(
     # 64 samples fix the mean to 1/8, the deviation to 1/11.
     assert scores.mean().item() == pytest.approx(0, abs=0.4)
     assert scores.std().item() == pytest.approx(1, abs=0.35)
+
+
+def test_a_policy_of_unknown_chat_format_is_refused_before_training_unless_it_is_named(
+    policy, trained, tmp_path
+):
+    other = shutil.copytree(policy, tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"starling_chat_format": None}))
+    for name in ("tokenizer.json", "tokenizer_config.json"):  # nothing shows the format either
+        text = (other / name).read_text().replace("<|end_of_turn|>", "<|fim|>")
+        (other / name).write_text(text)
+    (other / "chat_template.jinja").unlink()
+    context, out = single_process_context(1, seed=0), tmp_path / "out"
+    out.mkdir()
+    inputs = RewardInputs(trained[2], str(policy), str(other))
+    section = SECTION.model_copy(update={"policy_samples": 4, "policy_tokens": 4, "epochs": 1})
+    with pytest.raises(ModelError, match="chat format is not known"):
+        run(section, inputs, out, context)
+    assert not (out / "metrics.jsonl").exists()
+    run(section, dataclasses.replace(inputs, policy_format="plain"), out, context)
+    assert (out / "model").exists()
 
 
 def test_without_a_policy_the_rankings_own_answers_have_mean_zero_and_deviation_one(trained):

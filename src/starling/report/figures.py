@@ -118,6 +118,8 @@ def draw_score_against_length(run: Run) -> bytes | None:
     """Score of held-out answers against their length, the judge's best ones marked."""
     if not run.held_out:
         return None
+    from matplotlib.ticker import LogLocator, NullLocator
+
     ids = list(dict.fromkeys(row["id"] for row in run.held_out))
     drawn = set(ids[:: -(-len(run.held_out) // MOST_POINTS)])
     with new_figure(4.7, 2.8) as figure:
@@ -128,6 +130,10 @@ def draw_score_against_length(run: Run) -> bytes | None:
             x, y = ([row[name] for row in rows] for name in ("chars", "score"))
             axes.scatter(x, y, 9, color=color, alpha=0.5, linewidths=0, label=label)
         axes.set_xscale("log")
+        # Plain numbers at 1, 2 and 5: the log scale's own labels run into each other.
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter("{x:,.0f}")
+        axes.xaxis.set_minor_locator(NullLocator())
         axes.set_xlabel("characters of the answer")
         axes.set_ylabel("score, normalised")
         axes.legend(loc="best")

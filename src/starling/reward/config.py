@@ -61,7 +61,7 @@ class RewardSection(Section):
     held_out: float = Field(0.1, gt=0, lt=1)
     """Share of the prompts that accuracy is measured on."""
     policy_samples: int = Field(256, ge=0)
-    """Answers of the starting policy that the scores are normalised on; 0: held-out answers."""
+    """Answers of the starting policy that scores are normalised on; 0: the rankings' answers."""
     policy_tokens: int = Field(256, ge=1)
     """Longest of them; as ppo.max_response_tokens."""
     checkpoint_every: int = Field(20, ge=1)
@@ -76,3 +76,5 @@ class RewardInputs:
     base: str
     policy: str | None = None
     """The starting policy, on whose answers scores are normalised; None: on the rankings'."""
+    policy_format: str | None = None
+    """Its chat format; None: its own."""

@@ -92,11 +92,6 @@ def centring(scores: Float[Tensor, "B K"], keep: Bool[Tensor, "B K"]) -> Float[T
     return _kept(scores, keep).sum(dim=1).square() / (keep.sum(dim=1) - 1)
 
 
-def row_mean(losses: Float[Tensor, " B"], weights: Float[Tensor, " B"]) -> Float[Tensor, ""]:
-    """The rows' mean loss, each counted by its weight."""
-    return (weights * losses).sum() / weights.sum()
-
-
 def _places(
     ranks: Int[Tensor, "B K"], keep: Bool[Tensor, "B K"]
 ) -> tuple[Bool[Tensor, "B K"], Int[Tensor, "B K"]]:

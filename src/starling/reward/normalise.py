@@ -16,7 +16,7 @@ from starling.data.records import Message, RankingRow
 from starling.models.interfaces import Request, Sampling
 from starling.models.local import Local, load_local
 from starling.models.reward_model import RewardModel, Scored
-from starling.reward.config import RewardSection
+from starling.reward.config import RewardInputs, RewardSection
 from starling.reward.dataset import answer_conversations
 
 logger = logging.getLogger(__name__)
@@ -25,16 +25,16 @@ logger = logging.getLogger(__name__)
 def normalised(
     reward_model: RewardModel,
     rankings: Sequence[RankingRow],
-    policy: str | None,
+    inputs: RewardInputs,
     section: RewardSection,
     context: Context,
 ) -> RewardModel:
-    """Store the mean and deviation of the scores of `policy`'s answers to the rankings' prompts.
+    """Store the mean and deviation of the scores of the policy's answers to the rankings' prompts.
 
     Without a policy, or with `policy_samples` 0, of the rankings' own answers.  Raises DataError
     when these scores do not differ.
     """
-    items = list(_policy_answers(rankings, policy, section, context)) if policy else []
+    items = list(_policy_answers(rankings, inputs, section, context))
     if not items:
         items = [item for row in rankings for item in answer_conversations(row)]
     raw = dataclasses.replace(reward_model, mean=0.0, std=1.0).score(items)
@@ -49,17 +49,23 @@ def normalised(
 
 
 def _policy_answers(
-    rankings: Sequence[RankingRow], policy: str, section: RewardSection, context: Context
+    rankings: Sequence[RankingRow], inputs: RewardInputs, section: RewardSection, context: Context
 ) -> Iterator[Scored]:
     """`policy_samples` answers, the rankings' prompts taken in turn; too long ones are left out."""
-    local = load_local(policy, context.device)
+    if inputs.policy is None or not section.policy_samples:
+        return
+    local = load_local(
+        inputs.policy,
+        context.device,
+        dtype=section.precision,
+        chat_format=inputs.policy_format,
+    )
     asked = {row.messages: row for row in rankings if _fits(row, local, section.policy_tokens)}
-    if not asked or not section.policy_samples:
-        if section.policy_samples:
-            logger.warning(
-                "no prompt leaves the policy room for reward.policy_tokens: scores are normalised "
-                "on the rankings' own answers"
-            )
+    if not asked:
+        logger.warning(
+            "no prompt leaves the policy room for reward.policy_tokens: scores are normalised on "
+            "the rankings' own answers"
+        )
         return
     rows = list(asked.values())
     order = permutation(len(rows), context.seed, "reward/normalise", 0)

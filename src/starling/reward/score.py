@@ -44,14 +44,16 @@ def score_rows(reward_model: RewardModel, items: Sequence[Scored]) -> Iterator[d
 
 
 def measure_pairs(reward_model: RewardModel, pairs: Sequence[RewardPair]) -> dict[str, Any]:
-    """How often the chosen conversation scores higher, in all and by subset."""
+    """How often the chosen conversation scores higher, in all and by subset; how many were cut."""
     sides = [
         Scored(side.messages, id=f"{pair.id or number} ({name})")
         for number, pair in enumerate(pairs, start=1)
         for name, side in (("chosen", pair.chosen), ("rejected", pair.rejected))
     ]
-    scores = [row["raw_score"] for row in score_rows(reward_model, sides)]
-    return evaluate_pairs(pairs, list(zip(scores[::2], scores[1::2], strict=True)), seed=0)
+    rows = list(score_rows(reward_model, sides))
+    scores = [row["raw_score"] for row in rows]
+    figures = evaluate_pairs(pairs, list(zip(scores[::2], scores[1::2], strict=True)), seed=0)
+    return figures | {"cut": sum(row["was_cut"] for row in rows), "conversations": len(rows)}
 
 
 def as_table(figures: dict[str, Any]) -> str:
@@ -68,4 +70,7 @@ def as_table(figures: dict[str, Any]) -> str:
         interval = "" if low is None else f"[{low:.3f}, {high:.3f}]"
         accuracy = f"{found['mean']:.3f} {interval:14}"
         lines.append(f"{name:{width}}  {found['n']:6}  {accuracy}   {row['longer']:.3f}")
-    return "\n".join([*lines, f"mean of the subsets: {figures['mean_of_subsets']:.3f}"])
+    lines.append(f"mean of the subsets: {figures['mean_of_subsets']:.3f}")
+    if figures["cut"]:
+        lines.append(f"{figures['cut']} of {figures['conversations']} conversations were cut")
+    return "\n".join(lines)

@@ -24,6 +24,7 @@ from starling.data.records import RankingRow
 from starling.data.rows import read_rows
 from starling.models.adapters import choose_parameters
 from starling.models.causal_lm import padded_mask
+from starling.models.codec import find_codec
 from starling.models.packing import packed_batches, share_prompt, why_not_packed
 from starling.models.parallel import Forward, parallel, share_batches, summed
 from starling.models.reward_model import RewardModel, row_scores, score_head
@@ -57,6 +58,8 @@ def run(section: RewardSection, inputs: RewardInputs, out: Path, context: Contex
     """Train on all but the held-out prompts, normalise, measure on the held-out ones, save."""
     quarantine = context.own_path(out / "quarantine.jsonl")
     rankings = read_rows(inputs.rankings, RankingRow, quarantine=quarantine)
+    if inputs.policy is not None:
+        find_codec(inputs.policy, inputs.policy_format)  # refused now, not after the training
     reward_model = RewardModel.from_language_model(
         inputs.base,
         device=context.device,
@@ -70,7 +73,7 @@ def run(section: RewardSection, inputs: RewardInputs, out: Path, context: Contex
     if model is None:  # the first process alone measures and saves
         return Summary("")
     trained = dataclasses.replace(reward_model, model=model)
-    trained = normalised(trained, rankings, inputs.policy, section, context)
+    trained = normalised(trained, rankings, inputs, section, context)
     trained.save(out / "model")
     figures = _measure(trained, rows.held_out, out, context.seed)
     accuracy, length_only = figures["pair_accuracy"], figures["length_only_accuracy"]
