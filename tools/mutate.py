@@ -3,9 +3,9 @@
     python tools/mutate.py              all mutants; exit status 1 if any survives
     python tools/mutate.py advantage    only those of files whose path holds the word
 
-Each mutant of `mutants.py` is applied to a temporary copy of the tree, never in place; the tests
-named beside it then run there.  A mutant whose old text is not found exactly once is an error: the
-list is stale.  Equivalent changes (a difference that no input shows) are not in the list.
+Each mutant of `mutants.py` and `mutants_reward.py` is applied to a temporary copy of the tree, never
+in place; the tests named beside it then run there.  A mutant whose old text is not found exactly
+once is an error: the list is stale.  Equivalent changes (a difference that no input shows) are not in the list.
 """
 
 import os
@@ -17,7 +17,8 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from mutants import CHANGES
+import mutants
+import mutants_reward
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -41,7 +42,10 @@ class Mutant(NamedTuple):
 
 
 MUTANTS = [
-    Mutant(file, tests, *change) for (file, tests), changes in CHANGES.items() for change in changes
+    Mutant(file, tests, *change)
+    for listed in (mutants.CHANGES, mutants_reward.CHANGES)
+    for (file, tests), changes in listed.items()
+    for change in changes
 ]
 
 

@@ -11,14 +11,17 @@ import torch
 from torch.testing import assert_close
 from transformers import AutoModelForSequenceClassification
 
+from ranks import Settings, on_ranks
 from starling.base.context import single_process_context
 from starling.base.errors import DataError, ModelError
 from starling.data.records import Message, RankingRow
+from starling.models.adapters import choose_parameters
 from starling.models.causal_lm import load_language_model, save_model
 from starling.models.interfaces import Request, Sampling
 from starling.models.local import load_local
 from starling.models.parallel import parallel
 from starling.models.reward_model import RewardModel, Scored
+from starling.models.training import adamw, constant
 from starling.reward.config import RewardInputs, RewardSection
 from starling.reward.dataset import RankedRow, encode_rankings
 from starling.reward.train import accumulate, ranking_loss, run, weighted_loss
@@ -206,6 +209,43 @@ def test_loss_and_gradient_are_those_of_scoring_each_answer_by_itself(policy, tm
         got = {name: parameter.grad for name, parameter in model.named_parameters()}
         # Gradients of sharpened weights, summed in another order.
         assert_close(got, expected, rtol=1e-3, atol=1e-4)
+
+
+def three_steps(context, folder, settings):
+    """Loss and gradient norm of steps on rows of other K and weight, in forwards of few tokens."""
+    rng = random.Random(1)
+    rows = []
+    for number, k in enumerate([2, 5, 3, 4, 2, 3]):
+        prompt = tuple(rng.randrange(5, 250) for _ in range(rng.randrange(1, 30)))
+        answers = [tuple(rng.randrange(5, 250) for _ in range(1 + place)) for place in range(k)]
+        ranked = RankedRow(
+            id=str(number),
+            sequences=tuple(prompt + answer for answer in answers),
+            ranks=tuple(range(1, k + 1)),
+            answer_chars=(1,) * k,
+            source=None,
+            weight=1.0 + number,
+            key=str(number),
+        )
+        rows.append(ranked)
+    model = choose_parameters(RewardModel.load(str(folder)).model, settings, seed=2)
+    function = partial(weighted_loss, pad_id=0, ranking_loss=ranking_loss(SECTION))
+    forward = parallel(
+        model, function, context, gradient_checkpointing=settings.gradient_checkpointing
+    )
+    trainable = adamw("model", model, settings, constant)
+    return [(accumulate(forward, rows, context, 60), trainable.step(step)) for step in range(3)]
+
+
+@pytest.mark.parametrize("settings", [Settings(), Settings("lora", gradient_checkpointing=True)])
+def test_two_processes_are_one_in_loss_and_gradient_norm(policy, tmp_path, settings):
+    folder = tiny_reward_folder(tmp_path / "reward", policy)
+    [alone] = on_ranks(1, three_steps, tmp_path / "ranks", folder, settings)
+    both = on_ranks(2, three_steps, tmp_path / "ranks", folder, settings)
+    assert both[0] == both[1]
+    for step, expected in zip(both[0], alone, strict=True):
+        assert step == pytest.approx(expected, rel=1e-5)
+    assert alone[2][0] < alone[0][0]
 
 
 def test_a_loss_that_is_no_number_names_the_rankings_it_came_from(policy, tmp_path):
