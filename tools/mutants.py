@@ -210,13 +210,6 @@ CHANGES = {
     ("data/records.py", "tests/data/test_records.py"): [
         ("if type(value) is int else value", "if isinstance(value, int) else value"),
     ],
-    ("reward/dataset.py", "tests/reward/test_reward_dataset.py"): [
-        ("keys = [dedup_key(ranking.messages) for", "keys = [ranking.id for"),
-        (
-            'order = permutation(len(prompts), seed, "reward/split", 0)',
-            "order = list(range(len(prompts)))",
-        ),
-    ],
     ("base/spending.py", "tests/base/test_spending.py"): [
         (">= self._max_usd", "> self._max_usd"),
         ("tokens >= self._max_tokens", "tokens > self._max_tokens"),

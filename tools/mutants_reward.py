@@ -69,6 +69,11 @@ CHANGES = {
     ],
     ("reward/dataset.py", "tests/reward/test_reward_dataset.py"): [
         ("if row.key in apart]", "if row.key not in apart]"),
+        ("key=dedup_key(ranking.messages)", "key=ranking.id"),
+        (
+            'order = permutation(len(prompts), seed, "reward/split", 0)',
+            "order = list(range(len(prompts)))",
+        ),
     ],
     ("models/parallel.py", "tests/models/test_parallel.py"): [
         ("dist.all_reduce(value)", "pass"),

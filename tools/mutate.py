@@ -3,7 +3,7 @@
     python tools/mutate.py              all mutants; exit status 1 if any survives
     python tools/mutate.py advantage    only those of files whose path holds the word
 
-Each mutant of `mutants.py` and `mutants_reward.py` is applied to a temporary copy of the tree, never
+Each mutant of `mutants.py` and `mutants_reward.py` is applied to a temporary copy of the tree, not
 in place; the tests named beside it then run there.  A mutant whose old text is not found exactly
 once is an error: the list is stale.  Equivalent changes (a difference that no input shows) are not in the list.
 """
