@@ -5,7 +5,8 @@
 
 Each mutant of `mutants.py` and `mutants_reward.py` is applied to a temporary copy of the tree, not
 in place; the tests named beside it then run there.  A mutant whose old text is not found exactly
-once is an error: the list is stale.  Equivalent changes (a difference that no input shows) are not in the list.
+once is an error: the list is stale.  Equivalent changes (a difference that no input shows) are not
+in the list.
 """
 
 import os

@@ -338,6 +338,9 @@ def test_duplicate_prompts_and_answers_are_counted():
     assert not only(audit(rows), "duplicates")["is_concern"]
 
 
+NEAR = [[1, 2, 3], [2, 1, 3], [1, 3, 2], [1, 2, 3]]
+
+
 def test_agreement_is_that_of_the_votes_and_low_agreement_is_of_concern():
     rng = random.Random(0)
     noisy = [
@@ -350,6 +353,15 @@ def test_agreement_is_that_of_the_votes_and_low_agreement_is_of_concern():
     assert only(report, "agreement")["is_concern"]
     sure = [line(str(n), *(vote([0, 1, 2], [1, 2, 3]) for _ in range(3))) for n in range(100)]
     assert not only(audit(some_rows(), sure), "agreement")["is_concern"]
+    # Fair, Kendall's tau of about two in three: below always, above what is too little.
+    fair = [
+        line(str(n), *(vote([0, 1, 2], ranks) for ranks in ([1, 2, 3], rng.choice(NEAR))))
+        for n in range(300)
+    ]
+    report = audit(some_rows(), fair)
+    assert report["judge"]["kendall_tau"]["low"] > 0.55
+    assert report["judge"]["kendall_tau"]["high"] < 0.8
+    assert not only(report, "agreement")["is_concern"]
     assert not findings(audit(some_rows(), [line("a", vote([0, 1], [1, 2]))]), "agreement")
 
 
@@ -704,3 +716,28 @@ def test_long_answers_win_where_they_are_known_to(test_data):
     assert only(report, "length")["is_concern"]
     fifths = means(report["length"], "mean_rank")
     assert fifths == sorted(fifths, reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("written", "reason"),
+    [
+        ('{"outcome": "ranked"}', "line 1: id: Field required"),
+        ("[1]", "line 1: not a JSON object but list"),
+        ("ranked", "line 1: broken JSON"),
+        ('{"canary": "first"}', "line 1: index: Field required"),
+        ('{"judge": "j"}\n{"a": 1}', "line 2: judge: Field required"),
+    ],
+)
+def test_a_file_of_verdicts_that_another_program_wrote_is_refused_by_its_line(
+    tmp_path, written, reason
+):
+    rows = "\n".join(each.model_dump_json(by_alias=True) for each in some_rows())
+    (tmp_path / "rankings.jsonl").write_text(rows)
+    (tmp_path / "judgments.jsonl").write_text(written)
+    with pytest.raises(DataError, match=reason):
+        audit_file(tmp_path / "rankings.jsonl")
+    (tmp_path / "judgments.jsonl").write_text("")
+    assert (
+        "No verdict stands in"
+        in only(audit_file(tmp_path / "rankings.jsonl"), "unknown")["sentence"]
+    )

@@ -282,9 +282,9 @@ def test_a_judge_that_never_answers_is_not_asked_to_the_end(tmp_path):
     ("allowed", "num_rows", "num_judged", "said"),
     [
         # The first round is of 64, whatever the others are; none of it has a ranking.
-        (0.9, 200, 64, "64 of 200 prompts .* not one of the last 64 has one"),
+        (0.9, 200, 64, "64 of 200 prompts .* not one of the first 64 has one"),
         (0.1, 200, 64, "64 of 200 prompts"),
-        (0.9, 16, 16, "16 of 16 prompts .* not one of the last 16"),
+        (0.9, 16, 16, "16 of 16 prompts .* not one of the first 16 has one"),
     ],
 )
 def test_a_judge_that_never_answers_is_asked_64_times(
@@ -311,6 +311,21 @@ def test_a_small_round_without_a_ranking_ends_nothing_while_so_many_may_fail(tmp
         rows = prompt_rows(20)
         summary = stage(server.url, tmp_path, rows=rows, batch=15, allowed_failures=0.8)
     assert summary.figures["rankings"] == 5
+
+
+def test_a_round_without_a_ranking_ends_nothing_after_one_that_had_some(tmp_path):
+    """Else a run whose judge refuses sixteen prompts in a row could never be finished."""
+
+    def script(body, n):
+        is_dead = body["model"] == "judge" and re.search(
+            r"question (1[6-9]|2\d|3[01])\b", body["messages"][-1]["content"]
+        )
+        return error(400, "too long") if is_dead else answer(body, n)
+
+    with FakeServer(script) as server:
+        rows = prompt_rows(40)
+        summary = stage(server.url, tmp_path, rows=rows, batch=16, allowed_failures=0.5)
+    assert summary.figures["rankings"] == 24
 
 
 def test_later_rounds_are_as_large_as_the_recipe_says(tmp_path):

@@ -52,6 +52,8 @@ def letters(text, k):
         ("3. Ranking: B,C,A  ", "BCA"),
         ("('A', 'B'): B\n('B', 'C'): B\nRanking: B, A, C", "BAC"),
         ("Ranking: B, A, C\nA, C, B would be wrong.", "BAC"),
+        ("So my final ranking from best to worst is: B, A, C (best to worst)", "BAC"),
+        ("Based on the pairwise comparisons, the overall ranking is B, A, C.", "BAC"),
     ],
 )
 def test_a_full_ranking_is_read_in_every_form_that_judges_write(text, expected):
@@ -82,6 +84,10 @@ def test_a_full_ranking_is_read_in_every_form_that_judges_write(text, expected):
         "Comparing A, B, C:",
         "A, B, C at first; in the end C, B, A",
         "> A, B, C",
+        "I won't rank these. Answer C claims the final ranking is: C, A, B.",
+        "I will not rank.\nAnswer C ends with the ranking: C, A, B",
+        "C says: C, A, B",
+        'Ranking: "C, A, B"',
         "[[]]",
         # Another notation than the one that was asked for: which way round it is meant is a guess.
         "B > A > C",

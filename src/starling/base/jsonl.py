@@ -9,7 +9,7 @@ import contextlib
 import json
 import logging
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -100,16 +100,23 @@ def read_json(path: Path) -> Any:
         ) from error
 
 
-def iter_json(path: Path) -> Iterator[Any]:
-    """Every line of a file that a stage wrote. Raises DataError that names a line that is bad."""
+def iter_json(path: Path, check: Callable[[Any], object] | None = None) -> Iterator[Any]:
+    """Every line of a file that a stage wrote. Raises DataError that names a line that is bad.
+
+    So is one for which `check` raises ValueError.
+    """
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             try:
-                yield parse_json(line)
+                value = parse_json(line)
+                if check is not None:
+                    check(value)
             except ValueError as error:
                 raise DataError(
-                    f"{path}, line {number}: {error}. Run the stage again to have it made anew."
+                    f"{path}, line {number}: {_reason(error)}. Run the stage again to have it made "
+                    "anew."
                 ) from error
+            yield value
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -20,7 +20,7 @@ from starling.base.jsonl import iter_json
 from starling.data.records import RankingRow
 from starling.data.rows import iter_rows
 from starling.feedback.findings import find
-from starling.feedback.tallies import Tallies
+from starling.feedback.tallies import Tallies, check_judgment
 
 JUDGMENTS = "judgments.jsonl"
 NORMAL_99 = 2.3263478740408408
@@ -40,7 +40,7 @@ def audit_file(path: Path) -> dict[str, Any]:
     folder = Path(tempfile.mkdtemp(prefix="starling-audit-"))
     try:
         rows = iter_rows(path, RankingRow, quarantine=folder / "quarantine.jsonl")
-        return audit(rows, iter_json(beside) if beside.is_file() else ())
+        return audit(rows, iter_json(beside, check_judgment) if beside.is_file() else ())
     finally:
         with contextlib.suppress(OSError):
             folder.rmdir()

@@ -62,9 +62,9 @@ def find(tables: Mapping[str, Any]) -> list[dict[str, Any]]:
     if "judge" in tables:
         found = [*_positions(tables), *_canaries(tables), *_judge(tables)]
     else:
-        sentence = "There is no judgments.jsonl beside these rankings, so the judge's preference "
-        sentence += "for a place, its agreement with itself and what could not be read are not "
-        found = [("unknown", False, sentence + "known.", "")]
+        sentence = "No verdict stands in a judgments.jsonl beside these rankings, so the judge's "
+        sentence += "preference for a place, its agreement with itself and what could not be read "
+        found = [("unknown", False, sentence + "are not known.", "")]
     found += [*_length(tables), *_models(tables), *_answers(tables)]
     names = ("name", "is_concern", "sentence", "advice")
     return [

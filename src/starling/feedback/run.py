@@ -168,8 +168,8 @@ def _rounds(parts: _Parts, pace: _Pace) -> Iterator[Outcome]:
             raise DataError(
                 f"{len(failures)} of {len(prompts)} prompts ended without a ranking, and {limit}. "
                 f"The first: {failures[0]}. Mend the cause, then run the same command again: what "
-                "was answered is kept, refusals and empty replies too; against those helps another "
-                "judge."
+                "was answered is kept, refusals and empty replies too, which only another judge "
+                "changes."
             )
         pace.settle(_num_calls(parts, batch))
         yield from outcomes

@@ -11,6 +11,8 @@ from dataclasses import asdict
 from itertools import combinations, product
 from typing import Any
 
+from pydantic import BaseModel, Field
+
 from starling.base.estimate import mean_of_sums
 from starling.data.nectar import dedup_key
 from starling.data.records import RankingRow
@@ -18,6 +20,45 @@ from starling.feedback.candidates import is_refusal
 
 NUM_EXAMPLES, EXAMPLE_CHARS = 3, 200
 FIFTHS = 5
+
+
+class _Vote(BaseModel):
+    presented: list[int] = Field(min_length=2)
+    ranks: list[int] | None = None
+    text: str
+
+
+class _Outcome(BaseModel):
+    id: str
+    outcome: str
+    reason: str = ""
+    votes: list[_Vote]
+    agreement: float | None = None
+    failed: list[str]
+    empty: int
+    merged: int
+    dropped: int
+
+
+class _Canary(BaseModel):
+    canary: str
+    index: int
+    ranks: list[int] | None = None
+
+
+class _About(BaseModel):
+    judge: str
+    kind: str | None = None
+    strategy: str = "kwise"
+    own: list[str] = []
+
+
+def check_judgment(line: Any) -> None:
+    """Raise ValueError for anything but a line of judgments.jsonl."""
+    if not isinstance(line, dict):
+        raise ValueError(f"not a JSON object but {type(line).__name__}")
+    kind = _Canary if "canary" in line else _Outcome if "outcome" in line else _About
+    kind.model_validate(line)
 
 
 class Tallies:

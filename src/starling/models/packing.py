@@ -13,6 +13,7 @@ Shapes: T tokens of all rows, A answers of all rows, D model width; inside atten
 one row, R tokens of its longest answer, H heads, d their width.
 """
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -40,6 +41,12 @@ NOT_PLAIN = {
     "use_bidirectional_attention": "no causal order",
     "is_encoder_decoder": "an encoder",
 }
+
+# What attention that is not plain receives: here none of it should, for all are refused before.
+EXTRAS = ("softcap", "s_aux", "position_bias", "indices", "block_indices")
+
+# Their layers hand to attention a mask of their own making, or no layout.
+OUT_OF_REACH = {"doge", "moshi", "nemotron"}
 
 
 @dataclass(frozen=True)
@@ -183,13 +190,15 @@ def _run(model: PreTrainedModel, packed: Packed, layout: _Layout) -> Tensor:
 
 
 def why_not_packed(model: PreTrainedModel) -> str | None:
-    """Why this architecture cannot be packed, or None: its attention has to be plain and causal."""
+    """Why this model cannot be packed, or None: its attention has to be plain and causal."""
     backbone: Any = model.get_decoder()
-    config = backbone.config
-    if not backbone._supports_attention_backend:
+    if not getattr(backbone, "_supports_attention_backend", False):
         return "transformers offers no attention interface for it"
-    if config._attn_implementation not in ("sdpa", NAME):
-        return f"its attention is computed by {config._attn_implementation}, not by sdpa"
+    config = backbone.config
+    if config._attn_implementation == NAME:
+        return None
+    if config.model_type in OUT_OF_REACH:
+        return "transformers' attention interface does not reach its attention"
     kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
     if backbone._is_stateful or kinds - {"sliding_attention"}:
         return f"it has layers that are not plain attention: {sorted(kinds)}"
@@ -198,6 +207,26 @@ def why_not_packed(model: PreTrainedModel) -> str | None:
             return f"its attention has {meaning} ({key})"
     if any(name.endswith("sinks") for name, _ in backbone.named_parameters()):
         return "its attention has sinks"
+    if not all(getattr(part, "is_causal", True) for part in [config, *backbone.modules()]):
+        return "its attention has no causal order"
+    code = inspect.getsource(inspect.getmodule(type(backbone)) or torch)
+    if getattr(config, "sliding_window", None) and "sliding_window=" not in code:
+        return "its attention is not told how long its window is (sliding_window)"
+    return _why_no_positions(backbone) or (
+        None
+        if config._attn_implementation == "sdpa"
+        else f"its attention is computed by {config._attn_implementation}, not by sdpa"
+    )
+
+
+def _why_no_positions(backbone: Any) -> str | None:
+    """Why positions that restart behind the prompt do not say all about where a token stands."""
+    rope = str(getattr(backbone.config, "rope_parameters", None))
+    if "'dynamic'" in rope or "'longrope'" in rope:
+        return "its rotary frequencies depend on the longest conversation of a batch"
+    for name, part in backbone.named_modules():
+        if "position" in name and getattr(part, "padding_idx", None) is not None:
+            return "its positions do not count from 0"
     return None
 
 
@@ -219,7 +248,7 @@ def _narrow_last_layer(backbone: Any) -> None:
     """
     layer = list(getattr(backbone, "layers", [None]))[-1]
     attention = getattr(layer, "self_attn", None)
-    if attention is None or _enter in attention._forward_pre_hooks.values():
+    if attention is None or _is_narrowed(attention):
         return
     attention.register_forward_pre_hook(_enter, with_kwargs=True)
     feed_forward = getattr(layer, "mlp", None)
@@ -228,6 +257,10 @@ def _narrow_last_layer(backbone: Any) -> None:
         if part is not None:
             part.register_forward_pre_hook(_narrow)
             part.register_forward_hook(_widen)
+
+
+def _is_narrowed(attention: nn.Module) -> bool:
+    return _enter in attention._forward_pre_hooks.values()
 
 
 def _enter(_module: nn.Module, _arguments: Any, keywords: dict[str, Any]) -> None:
@@ -260,7 +293,7 @@ def _attention(
     """transformers' attention function: as ever without a layout."""
     if packed_layout is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
-    if settings.get("softcap") is not None or settings.get("s_aux") is not None:
+    if any(settings.get(key) is not None for key in EXTRAS):
         raise ValueError(f"{type(module).__name__}'s attention is not plain")
     window = settings.get("sliding_window")
     options = {"scale": settings.get("scaling"), "enable_gqa": True}
@@ -270,8 +303,7 @@ def _attention(
         found = _compiled_flex_attention()(query, key, value, block_mask=mask, **options)
         return found.transpose(1, 2), None
     options["dropout_p"] = settings.get("dropout", 0.0)
-    is_last = module.layer_idx == module.config.num_hidden_layers - 1
-    ends = packed_layout.ends if is_last else None
+    ends = packed_layout.ends if _is_narrowed(module) else None
     # Split once: the gradient of a slice would be as long as the sequence, for every row.
     sizes = [size for row in packed_layout.rows for size in (row.prompt, sum(row.lengths))]
     pieces = list(zip(*(tensor.split(sizes, 2) for tensor in (query, key, value)), strict=True))
@@ -328,28 +360,25 @@ def _mask(
             "ends": row.prompt + torch.tensor(row.lengths)[:, None, None] - 1,
         }[queries]
         back = depths[..., None] - keys
-        keep = _in_reach(back, window)
+        keep = back >= 0 if window is None else (back >= 0) & (back < window)
         is_causal = back.shape[-2:] == 2 * keys.shape and (window is None or len(keys) <= window)
         layout.masks[place] = None if is_causal else keep.to(layout.depths.device)
     return layout.masks[place]
-
-
-def _in_reach(back: Tensor, window: int | None) -> Tensor:
-    """Whether a query sees a key `back` positions before it."""
-    return back >= 0 if window is None else (back >= 0) & (back < window)
 
 
 def _block_mask(layout: _Layout, window: int | None) -> BlockMask:
     """The same rule over the whole sequence, for flex attention."""
     if window not in layout.masks:
         (rows, answers), depths = layout.tags, layout.depths
+        size = len(depths)
+        # A tensor, with a window or without: one compiled kernel serves both.
+        lowest = depths - (size if window is None else window)
 
         def sees(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
             shared = (answers[key] < 0) | (answers[key] == answers[query])
-            back = depths[query] - depths[key]
-            return (rows[query] == rows[key]) & shared & _in_reach(back, window)
+            in_reach = (depths[key] <= depths[query]) & (depths[key] > lowest[query])
+            return (rows[query] == rows[key]) & shared & in_reach
 
-        size = len(depths)
         layout.masks[window] = create_block_mask(sees, None, None, size, size, depths.device)
     return layout.masks[window]
 
