@@ -51,7 +51,7 @@ CHANGES = {
         ("members[pair.subset or ", "members[pair.id or "),
     ],
     ("reward/normalise.py", "tests/reward/test_reward_train.py"): [
-        ("mean=0.0, std=1.0).score(items)", "std=1.0).score(items)"),
+        ("found.raw_score for found", "found.score * 2 for found"),
         ("raw.std(correction=0)", "raw.std(correction=0) ** 2"),
         ("chat_format=inputs.policy_format", "chat_format=None"),
         ("if not std > 1e-5", "if not std > 0"),
@@ -81,7 +81,6 @@ CHANGES = {
         ("enabled=self.is_bfloat16", "enabled=False"),
         ("partial(checkpoint, block.forward, use_reentrant=False)", "block.forward"),
         ("return merged(model)", "return model"),
-        ("batches[context.rank :: context.world_size]", "batches[context.rank :]"),
     ],
     ("models/adapters.py", "tests/models/test_adapters.py"): [
         ("blocks[-section.top_layers :]", "blocks[: section.top_layers]"),

@@ -20,10 +20,11 @@ from starling.models.causal_lm import load_language_model, save_model
 from starling.models.interfaces import Request, Sampling
 from starling.models.local import load_local
 from starling.models.parallel import parallel
-from starling.models.reward_model import RewardModel, Scored
+from starling.models.reward_model import RewardModel, Score, Scored
 from starling.models.training import adamw, constant
 from starling.reward.config import RewardInputs, RewardSection
 from starling.reward.dataset import RankedRow, encode_rankings
+from starling.reward.normalise import normalised
 from starling.reward.train import accumulate, ranking_loss, run, weighted_loss
 from tiny import tiny_policy_folder, tiny_reward_folder
 
@@ -272,6 +273,22 @@ def test_one_score_for_everything_is_refused(policy, tmp_path):
     inputs = RewardInputs(rankings, str(tmp_path / "blind"))
     with pytest.raises(DataError, match="the same score to all 12 answers"):
         run(section, inputs, tmp_path / "out", single_process_context(1, seed=0))
+
+
+def test_scores_that_differ_by_their_rounding_alone_are_one_score(policy, tmp_path, monkeypatch):
+    reward_model = RewardModel.load(str(tiny_reward_folder(tmp_path / "reward", policy)))
+    row = RankingRow.model_validate_json(json.dumps(toy_rows(1)[0]))
+    context = single_process_context(1, seed=0)
+    inputs = RewardInputs(tmp_path / "unread", str(policy))
+
+    def normalise(*raw):
+        scores = [Score(value, value, 1, False) for value in raw]
+        monkeypatch.setattr(RewardModel, "score_each", lambda self, items: scores)
+        return normalised(reward_model, [row], inputs, SECTION, context)
+
+    with pytest.raises(DataError, match="the same score"):
+        normalise(1000.0, 1000.0001, 1000.0)
+    assert normalise(1000.0, 1001.0).std == pytest.approx(0.5)
 
 
 def test_head_warmup_moves_the_head_alone(policy, tmp_path):

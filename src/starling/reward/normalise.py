@@ -9,6 +9,8 @@ import dataclasses
 import logging
 from collections.abc import Iterator, Sequence
 
+import torch
+
 from starling.base.context import Context
 from starling.base.errors import DataError
 from starling.base.seeding import derive_seed, permutation
@@ -37,7 +39,7 @@ def normalised(
     items = list(_policy_answers(rankings, inputs, section, context))
     if not items:
         items = [item for row in rankings for item in answer_conversations(row)]
-    raw = dataclasses.replace(reward_model, mean=0.0, std=1.0).score(items)
+    raw = torch.tensor([found.raw_score for found in reward_model.score_each(items)])
     mean, std = float(raw.mean()), float(raw.std(correction=0))
     # Equal scores differ by their rounding; dividing by that would make noise a reward.
     if not std > 1e-5 * max(1.0, abs(mean)):
