@@ -209,18 +209,16 @@ def why_not_packed(model: PreTrainedModel) -> str | None:
         return "its attention has sinks"
     if not all(getattr(part, "is_causal", True) for part in [config, *backbone.modules()]):
         return "its attention has no causal order"
+    if config._attn_implementation != "sdpa":
+        return f"its attention is computed by {config._attn_implementation}, not by sdpa"
+    return _why_misplaced(backbone)
+
+
+def _why_misplaced(backbone: Any) -> str | None:
+    """Why a position and a window are not all that places a token."""
     code = inspect.getsource(inspect.getmodule(type(backbone)) or torch)
-    if getattr(config, "sliding_window", None) and "sliding_window=" not in code:
+    if getattr(backbone.config, "sliding_window", None) and "sliding_window=" not in code:
         return "its attention is not told how long its window is (sliding_window)"
-    return _why_no_positions(backbone) or (
-        None
-        if config._attn_implementation == "sdpa"
-        else f"its attention is computed by {config._attn_implementation}, not by sdpa"
-    )
-
-
-def _why_no_positions(backbone: Any) -> str | None:
-    """Why positions that restart behind the prompt do not say all about where a token stands."""
     rope = str(getattr(backbone.config, "rope_parameters", None))
     if "'dynamic'" in rope or "'longrope'" in rope:
         return "its rotary frequencies depend on the longest conversation of a batch"
@@ -296,8 +294,8 @@ def _attention(
     if any(settings.get(key) is not None for key in EXTRAS):
         raise ValueError(f"{type(module).__name__}'s attention is not plain")
     window = settings.get("sliding_window")
-    options = {"scale": settings.get("scaling"), "enable_gqa": True}
-    if query.is_cuda and not settings.get("dropout"):
+    options: dict[str, Any] = {"scale": settings.get("scaling"), "enable_gqa": True}
+    if _flex_serves(query, value) and not settings.get("dropout"):
         query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast they are float32
         mask = _block_mask(packed_layout, window)
         found = _compiled_flex_attention()(query, key, value, block_mask=mask, **options)
@@ -311,7 +309,7 @@ def _attention(
     for row, prompt, answers in zip(packed_layout.rows, pieces[::2], pieces[1::2], strict=True):
         if ends is None:
             mask = _mask(packed_layout, row, "prompt", window)
-            parts.append(_attend(*prompt, mask, options)[0])
+            parts.append(_attend(prompt, mask, options)[0])
         if row.lengths:
             mine = (
                 _padded(answers[0], row)
@@ -323,7 +321,7 @@ def _attention(
                 for shared, own in zip(prompt[1:], answers[1:], strict=True)
             ]
             mask = _mask(packed_layout, row, "answers" if ends is None else "ends", window)
-            found = _attend(mine, *seen, mask, options)
+            found = _attend([mine, *seen], mask, options)
             is_ragged = ends is None and row.padded is not None
             parts.append(found[row.inside] if is_ragged else found.flatten(0, 1))
     found = torch.cat(parts)[None]
@@ -332,12 +330,16 @@ def _attention(
     return found, None
 
 
-def _attend(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: dict[str, Any]
-) -> Tensor:
+def _flex_serves(query: Tensor, value: Tensor) -> bool:
+    """Flex attention is fast on a GPU only, and wants heads of 16 or more."""
+    return query.is_cuda and min(query.shape[3], value.shape[3]) >= 16
+
+
+def _attend(states: Sequence[Tensor], mask: Tensor | None, options: dict[str, Any]) -> Tensor:
     """Attention of [N, H, tokens, d] as [N, tokens, H, d]; causal without a mask."""
-    options = options | {"attn_mask": mask, "is_causal": mask is None}
-    return scaled_dot_product_attention(query, key, value, **options).transpose(1, 2)
+    query, key, value = states
+    chosen: dict[str, Any] = options | {"attn_mask": mask, "is_causal": mask is None}
+    return scaled_dot_product_attention(query, key, value, **chosen).transpose(1, 2)
 
 
 def _padded(tensor: Tensor, row: _Row) -> Tensor:
@@ -369,17 +371,23 @@ def _mask(
 def _block_mask(layout: _Layout, window: int | None) -> BlockMask:
     """The same rule over the whole sequence, for flex attention."""
     if window not in layout.masks:
-        (rows, answers), depths = layout.tags, layout.depths
+        # Tensors of their own, for the window too: one compiled kernel then serves all batches.
+        rows, answers, depths = (part.clone() for part in (*layout.tags, layout.depths))
         size = len(depths)
-        # A tensor, with a window or without: one compiled kernel serves both.
         lowest = depths - (size if window is None else window)
-
-        def sees(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-            shared = (answers[key] < 0) | (answers[key] == answers[query])
-            in_reach = (depths[key] <= depths[query]) & (depths[key] > lowest[query])
-            return (rows[query] == rows[key]) & shared & in_reach
-
-        layout.masks[window] = create_block_mask(sees, None, None, size, size, depths.device)
+        layout.masks[window] = create_block_mask(
+            lambda _batch, _head, query, key: (
+                (rows[query] == rows[key])
+                & ((answers[key] < 0) | (answers[key] == answers[query]))
+                & (depths[key] <= depths[query])
+                & (depths[key] > lowest[query])
+            ),
+            None,
+            None,
+            size,
+            size,
+            depths.device,
+        )
     return layout.masks[window]
 
 
