@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from types import ModuleType
@@ -360,6 +361,24 @@ def test_audit_says_what_decides_the_rankings_and_writes_its_tables(rankings, ca
     report = json.loads((rankings / "audit.json").read_text(encoding="utf-8"))
     assert report["models"]["m3"]["mean_rank"]["mean"] == 1.0
     assert sorted(path.name for path in rankings.iterdir()) == ["audit.json", "rankings.jsonl"]
+
+
+def test_an_audit_of_bad_files_says_so_and_leaves_nothing_anywhere_else(
+    rankings, capsys, tmp_path_factory, monkeypatch
+):
+    temporary = tmp_path_factory.mktemp("temporary")
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    (rankings / "judgments.jsonl").write_text("[1]\n", encoding="utf-8")
+    assert cli.main(["audit", "rankings.jsonl"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: judgments.jsonl, line 1: not a JSON object but list.")
+    assert "Traceback" not in said
+    (rankings / "judgments.jsonl").unlink()
+    (rankings / "rankings.jsonl").write_text("nonsense\n", encoding="utf-8")
+    assert cli.main(["audit", "rankings.jsonl", "--out", "tables/a.json"]) == 2
+    assert "tables/a.quarantine.jsonl" in capsys.readouterr().err
+    assert (rankings / "tables/a.quarantine.jsonl").is_file()
+    assert list(temporary.iterdir()) == []
 
 
 def test_pairs_and_nectar_copy_what_a_file_ranks(rankings, capsys):

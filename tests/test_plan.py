@@ -86,7 +86,10 @@ def assert_bounded(plan, conversations, answers):
 
 
 def test_the_sum_counts_every_endpoint(plan):
-    assert "in all: 153 calls to endpoints" in plan()  # 90 + 30 + 33
+    said = plan()
+    assert "in all: 153 calls to endpoints, about $" in said  # 90 + 30 + 33
+    assert "every reply at its limit" in said
+    assert "at most" not in said
 
 
 def test_a_cap_on_money_needs_every_price(plan, capsys):

@@ -93,6 +93,7 @@ CHANGES = {
         ("[(place - 1) / (len(ranks) - 1)]", "[place / len(ranks)]"),
     ],
     ("feedback/findings.py", "tests/feedback/test_audit.py"): [
+        ('tau["high"] < AGREEING', 'tau["mean"] < AGREEING'),
         ("UNREADABLE, SPOILED = 0.01, 0.1", "UNREADABLE, SPOILED = 0.5, 0.1"),
         ("UNREADABLE, SPOILED = 0.01, 0.1", "UNREADABLE, SPOILED = 0.01, 0.9"),
         ("LENGTH_DECIDES = 0.6", "LENGTH_DECIDES = 0.64"),
@@ -113,6 +114,7 @@ CHANGES = {
         ('": none seen, though the', '": none; the'),
     ],
     ("feedback/audit.py", "tests/feedback/test_audit.py"): [
+        ("iter_json(beside, check_judgment)", "iter_json(beside)"),
         (">= SMALLEST_EXPECTED * len(shares)", ">= SMALLEST_EXPECTED"),
     ],
     ("feedback/canaries.py", "tests/feedback/test_canaries.py"): [
@@ -471,6 +473,10 @@ CHANGES = {
         (r"(?![ \t]*(?:[*+-][ \t]+)?>)", ""),
         ("\\u201f\\u00ab\\u00bb", ""),
         ("+ NEVER_CLOSED", ""),
+        ("LONGEST_LABEL = 200", "LONGEST_LABEL = 201"),
+        ("LONGEST_LABEL = 200", "LONGEST_LABEL = 199"),
+        ("(?=[^\\n]*{_NAMES})(?:", "(?:"),
+        ("for kind in (_LIST, _INNERMOST)", "for kind in (_LIST,)"),
         ("</?(?i:s|", "</?(?:s|"),
     ],
     ("judging/logits.py", "tests/judging/test_logits.py"): [

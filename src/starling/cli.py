@@ -237,7 +237,7 @@ def _audit(file: Path, *, out: Path = Path("audit.json")) -> None:
     from starling.base.jsonl import write_json
     from starling.feedback.audit import as_text, audit_file
 
-    found = audit_file(file)
+    found = audit_file(file, quarantine=out.with_name(f"{out.stem}.quarantine.jsonl"))
     write_json(out, found)
     print(f"{as_text(found)}\n\nAll tables:  {out}")
 

@@ -68,6 +68,15 @@ def test_a_cap_is_reached_by_the_call_that_fills_it(cap, words):
     assert spending.reached() == words
 
 
+def test_one_call_is_not_called_several():
+    spending = Spending({}, max_calls=1)
+    spending.charge("unpriced", calls=1, prompt_tokens=5)
+    assert spending.reached() == "max_calls is 1, and 1 call has ended"
+    assert spending.note() == "1 call, 5 tokens"
+    spending.charge("unpriced", calls=1)
+    assert spending.note() == "2 calls, 5 tokens"
+
+
 def test_without_caps_nothing_is_ever_reached():
     spending = Spending(PRICES)
     spending.charge("cheap", calls=10**9, prompt_tokens=10**12, response_tokens=10**12)

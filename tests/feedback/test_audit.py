@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from starling.base.errors import DataError
-from starling.data.nectar import write_nectar
-from starling.data.records import Message, RankedAnswer, RankingRow
+from starling.data.nectar import dedup_key, write_nectar
+from starling.data.records import Answer, Message, Prompt, RankedAnswer, RankingRow
 from starling.feedback.audit import as_text, audit, audit_file, chi_square, critical_99
+from starling.feedback.prompts import merge_duplicates
 from starling.feedback.tallies import places, shares_of_win, tau_of_votes
 from starling.judging.judge import Comparison
 from starling.judging.llm_judge import LlmJudge
@@ -260,6 +261,9 @@ def test_models_are_called_best_and_worst_only_as_far_as_their_intervals_part():
     assert "overlap" not in only(audit(rows(0.8)), "models")["sentence"]
     assert "p is the best" in only(audit(rows(0.8)), "models")["sentence"]
     assert "overlap" in only(audit(rows(0.52)), "models")["sentence"]
+    alike = only(audit(rows(0.5)), "models")["sentence"]
+    assert alike.startswith("The 2 frequent models have the same mean rank, 1.50 [1.4")
+    assert "best" not in alike
     # One answer of a brilliant model makes it none of the frequent ones.
     rare = row("rare", ["x", "y", "z"], [2.0, 3.0, 1.0], models=["p", "q", "rare"])
     assert "rare" not in only(audit([*rows(0.8), rare]), "models")["sentence"]
@@ -334,8 +338,17 @@ def test_duplicate_prompts_and_answers_are_counted():
     )
     report = audit([*rows, again])
     assert (report["all"]["repeated_prompts"], report["answers"]["repeated"]) == (1, 1)
-    assert only(report, "duplicates")["is_concern"]
+    finding = only(report, "duplicates")
+    assert finding["is_concern"]
     assert not only(audit(rows), "duplicates")["is_concern"]
+    # What it advises does what it says.
+    assert "duplicates: nectar makes one prompt of those" in finding["advice"]
+    asked = [
+        Prompt(id=each.id, messages=each.messages, answers=(Answer(answer=text, model="m"),))
+        for each, text in ((rows[1], "one"), (again, "other"))
+    ]
+    [made], _, _ = merge_duplicates(asked, dedup_key)
+    assert [each.answer for each in made.answers] == ["one", "other"]
 
 
 NEAR = [[1, 2, 3], [2, 1, 3], [1, 3, 2], [1, 2, 3]]
@@ -523,6 +536,19 @@ def test_agreement_is_of_concern_below_a_half(swaps, tau):
     report = audit(some_rows(), [line(str(n), *votes) for n in range(40)])
     assert report["judge"]["kendall_tau"]["mean"] == pytest.approx(tau)
     assert only(report, "agreement")["is_concern"] is (tau < 0.5)
+
+
+def test_agreement_that_may_be_a_half_is_of_no_concern():
+    votes = [
+        (vote(list(range(5)), [1, 2, 3, 4, 5]), vote(list(range(5)), other))
+        for other in [[4, 1, 2, 3, 5]] * 22 + [[3, 1, 2, 4, 5]] * 18
+    ]
+    report = audit(some_rows(), [line(str(n), *pair) for n, pair in enumerate(votes)])
+    tau = report["judge"]["kendall_tau"]
+    # (22 * 0.4 + 18 * 0.6) / 40, with a standard error of 0.016
+    assert tau["mean"] == pytest.approx(0.49)
+    assert tau["high"] > 0.5
+    assert not only(report, "agreement")["is_concern"]
 
 
 @pytest.mark.parametrize(("total", "expected"), [(20, False), (18, True)])
@@ -741,3 +767,12 @@ def test_a_file_of_verdicts_that_another_program_wrote_is_refused_by_its_line(
         "No verdict stands in"
         in only(audit_file(tmp_path / "rankings.jsonl"), "unknown")["sentence"]
     )
+
+
+def test_bad_rows_of_an_audited_file_go_where_they_were_asked_to(tmp_path):
+    path, bad = tmp_path / "rankings.jsonl", tmp_path / "out" / "bad.jsonl"
+    good = "".join(each.model_dump_json() + "\n" for each in some_rows(150))
+    path.write_text(f"{good}nonsense\n")
+    assert audit_file(path, quarantine=bad)["all"]["rankings"] == 150
+    assert json.loads(bad.read_text())["text"] == "nonsense"
+    assert sorted(tmp_path.iterdir()) == [bad.parent, path]

@@ -50,6 +50,7 @@ def letters(text, k):
         ("A, B, C at first\nC, B, A", "CBA"),
         ("**Final ranking (best to worst):** `B, C, A`.", "BCA"),
         ("3. Ranking: B,C,A  ", "BCA"),
+        ("_Ranking: B, C, A_", "BCA"),
         ("('A', 'B'): B\n('B', 'C'): B\nRanking: B, A, C", "BAC"),
         ("Ranking: B, A, C\nA, C, B would be wrong.", "BAC"),
         ("So my final ranking from best to worst is: B, A, C (best to worst)", "BAC"),
@@ -112,6 +113,9 @@ def test_a_pair_that_is_walked_through_is_no_ranking_of_two_answers():
 def test_a_long_reply_of_brackets_is_read_in_no_time():
     for text in ("[[" * 20_000 + "'A'], [" * 20_000, "A, " * 30_000 + "Ax"):
         assert isinstance(parse_ranking(text, 3), Unparsed)
+    for word in ("final ranking ", "the ", "10. ", "<b>", "(", "a not ", "of all ", "_a_", "A, "):
+        assert isinstance(parse_ranking(f"Ranking: {word * 20_000}A, B x", 3), Unparsed)
+        assert isinstance(parse_ranking(f"Ranking: A, B, C{word * 20_000}x", 3), Unparsed)
 
 
 @pytest.mark.parametrize(

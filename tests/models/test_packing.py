@@ -395,3 +395,20 @@ def test_lengths_and_windows_share_their_compiled_flex_attention():
             mask = packing._block_mask(layout, window)
             compiled(query, key, key, block_mask=mask, enable_gqa=True)
     assert counter.frame_count == 1
+
+
+def test_a_longer_conversation_beside_it_changes_no_score_where_it_would_the_frequencies():
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "short_factor": [1.0] * 4,
+        "long_factor": [4.0] * 4,
+        "original_max_position_embeddings": 8,
+        "factor": 32.0,
+    }
+    model = classifier(LlamaConfig(rope_parameters=rope, **SHAPE))
+    rows = [[(1, 2, 3, 4, 5)], [tuple(range(1, 20))]]
+    together = model(torch.tensor([[1, 2, 3, 4, 5] + [0] * 14, list(range(1, 20))])).logits[:, 0]
+    with torch.no_grad():
+        assert_close(row_scores(model, rows, 0), alone(model, rows), rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(together[0], alone(model, rows)[0], atol=1e-3)

@@ -8,9 +8,7 @@ stands at another place each time, which only makes chi-square smaller.  A place
 the table by place is also that by label.
 """
 
-import contextlib
 import math
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from textwrap import wrap
@@ -30,20 +28,16 @@ MOST_ROWS, WIDTH = 20, 80
 """Of a table in the terminal; audit.json has all."""
 
 
-def audit_file(path: Path) -> dict[str, Any]:
+def audit_file(path: Path, *, quarantine: Path | None = None) -> dict[str, Any]:
     """Audit a file of rankings, JSONL or parquet, with judgments.jsonl beside it if there is one.
 
-    Raises DataError for files that cannot be read, and for one without a ranking.
+    Bad rows go to `quarantine`, or beside the file.  Raises DataError for files that cannot be
+    read, and for one without a ranking.
     """
     beside = path.with_name(JUDGMENTS)
-    # Not beside the file: an audit only reads there.  The folder stays where rows were bad.
-    folder = Path(tempfile.mkdtemp(prefix="starling-audit-"))
-    try:
-        rows = iter_rows(path, RankingRow, quarantine=folder / "quarantine.jsonl")
-        return audit(rows, iter_json(beside, check_judgment) if beside.is_file() else ())
-    finally:
-        with contextlib.suppress(OSError):
-            folder.rmdir()
+    quarantine = quarantine or path.with_name("quarantine.jsonl")
+    rows = iter_rows(path, RankingRow, quarantine=quarantine)
+    return audit(rows, iter_json(beside, check_judgment) if beside.is_file() else ())
 
 
 def audit(

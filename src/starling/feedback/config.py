@@ -37,8 +37,8 @@ class PrepareSection(Section):
     """Which prompts are used; the rules apply in this order, and audit.json counts each."""
 
     duplicates: Literal["text", "nectar"] = "text"
-    """Which prompts are one: text, equal but for case and spacing; nectar, also but for signs, as
-    its authors have it ("Sort in C" is "Sort in C++")."""
+    """Which prompts are one: text, equal but for case and spacing, indentation too; nectar, also
+    but for signs, as its authors have it ("Sort in C" is "Sort in C++")."""
     language: str | None = Field(default=None, pattern="^[a-z]{2}$")
     """Keep prompts that may be in this language (en: Nectar's rule, among the three likeliest)."""
     min_chars: int = Field(default=0, ge=0)

@@ -163,6 +163,9 @@ def _models(tables: Mapping[str, Any]) -> Iterator[Finding]:
         )
         overlap = ranks[best]["high"] >= ranks[worst]["low"]
         sentence += "; the intervals overlap, so they may be equally good." if overlap else "."
+        if ranks[best]["mean"] == ranks[worst]["mean"]:
+            sentence = f"The {len(named)} frequent models have the same mean rank, "
+            sentence += f"{_number(ranks[best])}."
         yield "models", False, sentence, ""
     for name in sorted({*about.get("own", ()), about.get("judge")} & set(ranks)):
         others = [rank for other, rank in ranks.items() if other != name]
@@ -201,7 +204,8 @@ def _answers(tables: Mapping[str, Any]) -> Iterator[Finding]:
         yield "ties", tied > TIED * pairs, sentence, advice
     sentence = f"{repeated} rankings repeat an earlier prompt but for case and signs, and "
     sentence += f"{answers['repeated']} answers another one of their prompt."
-    advice = "feedback.prepare.duplicates: nectar leaves out all but the first of each."
+    advice = "feedback.prepare.duplicates: nectar makes one prompt of those with equal checks, "
+    advice += "with the answers of all."
     yield "duplicates", repeated > 0, sentence, advice
 
 

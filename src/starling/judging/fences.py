@@ -60,6 +60,7 @@ def own_words(reply: str, task: str) -> str:
 
 
 def _without_blocks(reply: str, nonce: str) -> str:
+    """In one pass: a block is from its first opening line to the next closing one."""
     kept: list[str] = []
     start, opened = 0, None
     for mark in re.finditer(rf"<<(end\b)?[^<>\n]*{nonce}>>", reply) if nonce in reply else ():
@@ -77,6 +78,7 @@ def _without_blocks(reply: str, nonce: str) -> str:
 
 
 def _has_its_line(found: re.Match[str]) -> bool:
+    """Whether a list has no company on its line but a LABEL and a TAIL."""
     text, start, end = found.string, found.start(), found.end()
     before = text[max(0, start - LONGEST_LABEL - 1) : start]
     after = text[end : end + LONGEST_LABEL + 1].partition("\n")[0]
@@ -91,28 +93,29 @@ NEVER_CLOSED = "(the rest is a block that it quotes and never closes)"
 """What stands in a reply instead of such a quotation."""
 LONGEST_LABEL = 200
 """Characters of its line, before and after, that a verdict may have beside it."""
-# There must be one way only for these to match a text, or a long line takes for ever.
+# Each text has one way only to match what follows, or a long line would take for ever.
+_EDGE = r"(?:\b|(?<=_)|(?=_))"  # of a word, _emphasised_ or not
+_NAMES = (
+    rf"{_EDGE}(?i:final|rankings?|order|verdict|choice|results?|rating|score|worst"
+    rf"|conclusion|decision|judge?ment){_EDGE}"
+)
 _WORDS = (
-    r"\b(?i:my|the|this|these|so|thus|hence|therefore|here(?:['\u2019]s)?|overall|final|rankings?"
-    r"|order|verdict|choice|rating|score|from|best|to|worst|is|are|as|follows|in|and|based|on"
-    r"|considering|pairwise|comparisons?|results?|performance|tiebreak(?:er)?"
-    r"|of (?:all |the |these )*(?:answers|responses)"
-    r"|(?:a not |not a |not |a )?good[- ]natured conversation|10?)\b"
+    rf"{_EDGE}(?i:my|the|this|these|so|thus|hence|therefore|here(?:['\u2019]s)?|overall|from|best|to"
+    r"|is|are|as|follows|in|and|based|on|considering|pairwise|comparisons?|performance"
+    r"|tiebreak(?:er)?|of (?:all |the |these )*(?:answers|responses)"
+    rf"|(?:a not |not a |not |a )?good[- ]natured conversation){_EDGE}"
 )
-_WRAPPER = r"\\(?:[\[\]]|(?:boxed|text(?:bf|tt)?|math(?:bf|rm))\b)|</?(?:b|i|u|em|strong|code|p)>"
-_SIGN = r"[^\w\n\[\]\"'\u2018-\u201f\u00ab\u00bb]"
-LABEL = (
-    rf"(?![ \t]*(?:[*+-][ \t]+)?>)(?:{_SIGN}*\d{{1,2}}[.)])?(?:(?:{_WRAPPER}|{_SIGN})*"
-    rf"|(?=[^\n]*\b(?i:final|rankings?|order|verdict|choice|results?|rating|score|worst)\b)"
-    rf"(?:{_WRAPPER}|{_SIGN}|{_WORDS})*)"
-)
+_MARKUP = r"\\(?:[\[\]]|(?:boxed|text(?:bf|tt)?|math(?:bf|rm))\b)|</?(?:b|i|u|em|strong|code|p)>"
+_SIGN = rf"{_MARKUP}|\b\d{{1,2}}\b|_|[^\w\n\[\]\"'\u2018-\u201f\u00ab\u00bb]"  # no quotation mark
+_NO_QUOTATION = r"(?![ \t]*(?:[*+-][ \t]+)?>)"
+LABEL = rf"{_NO_QUOTATION}(?:(?:{_SIGN})*|(?=[^\n]*{_NAMES})(?:{_SIGN}|{_NAMES}|{_WORDS})*)"
 """What may stand before a verdict on its line: signs, or words that only announce one.
 
 No word that could tell whose verdict it is, no letter of an answer and no quotation mark is among
-them: "Answer C says the final ranking is" is none.
+them.  "Answer C says the final ranking is" is none, nor is an honest "Since answer C is best,".
 """
-TAIL = rf"(?:{_WRAPPER}|[ \t.!*_`$}}]|\((?:[ ,:>=-]|{_WORDS})*\))*"
-"""What may stand behind it."""
+TAIL = rf"(?:{_MARKUP}|[ \t.!*_`$}}]|\((?:[ ,:>=-]|{_NAMES}|{_WORDS})*\))*"
+"""What may stand behind it, such as "(best to worst)"."""
 _LABEL, _TAIL = re.compile(LABEL), re.compile(TAIL)
 _LIST = re.compile(r"\[\s*\[[^\[\]]*(?:\]\s*,\s*\[[^\[\]]*)*\]\s*\]|\[[^\[\]]*\]")
 _INNERMOST = re.compile(r"\[[^\[\]]*\]")

@@ -219,13 +219,18 @@ def _why_misplaced(backbone: Any) -> str | None:
     code = inspect.getsource(inspect.getmodule(type(backbone)) or torch)
     if getattr(backbone.config, "sliding_window", None) and "sliding_window=" not in code:
         return "its attention is not told how long its window is (sliding_window)"
-    rope = str(getattr(backbone.config, "rope_parameters", None))
-    if "'dynamic'" in rope or "'longrope'" in rope:
+    if depends_on_longest(backbone.config):
         return "its rotary frequencies depend on the longest conversation of a batch"
     for name, part in backbone.named_modules():
         if "position" in name and getattr(part, "padding_idx", None) is not None:
             return "its positions do not count from 0"
     return None
+
+
+def depends_on_longest(config: Any) -> bool:
+    """Whether a batch's longest conversation decides the rotary frequencies of all of it."""
+    rope = str(getattr(config, "rope_parameters", None))
+    return "'dynamic'" in rope or "'longrope'" in rope
 
 
 class _Last(local):

@@ -27,6 +27,7 @@ from starling.models.causal_lm import Batch, length_batches, save_model
 from starling.models.loading import load_codec, load_config, load_weights
 from starling.models.packing import (
     Packed,
+    depends_on_longest,
     packed_batches,
     packed_ends,
     share_prompt,
@@ -264,6 +265,8 @@ def row_scores(model: PreTrainedModel, rows: Rows, pad_id: int) -> Float[Tensor,
         return _read(model, packed_ends(model, packed))
     sequences = [ids for row in rows for ids in row]
     batches = length_batches([len(ids) for ids in sequences], str(model.device))
+    if depends_on_longest(model.config):
+        batches = [[number] for number in range(len(sequences))]
     scores = [
         sequence_scores(model, Batch([sequences[i] for i in batch], pad_id, str(model.device)))
         for batch in batches
