@@ -22,38 +22,38 @@ reward_training.md beside this file.
 """
 
 import argparse
-import ctypes
 import gc
 import importlib
 import itertools
 import json
-import logging
 import math
 import os
-import platform
 import random
-import statistics
-import subprocess
 import sys
 import tempfile
-import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from torch import Tensor
-from transformers import (
-    MistralConfig,
-    MistralForSequenceClassification,
-    PrinterCallback,
-    TrainerCallback,
+from racing import (
+    MOST_TOKENS,
+    Seconds,
+    autocast,
+    model_shape,
+    options_parser,
+    peak_mib,
+    quiet_rates,
+    rounded,
+    spread,
+    two_word_tokenizer,
+    with_peer,
+    write_rows,
 )
+from torch import Tensor
+from transformers import MistralForSequenceClassification, PrinterCallback, TrainerCallback
 
 from starling.models.causal_lm import Batch
 from starling.models.packing import Packed, packed_ends, share_prompt
@@ -63,36 +63,14 @@ from starling.reward.loss import plackett_luce_loss
 K = 7
 PAIRS_PER_STEP = 7
 PASSES = 3
-MOST_TOKENS = 2048
 CHARS_PER_TOKEN = 4
-# hidden, layers, heads, key-value heads, intermediate, vocabulary
-MODELS = {
-    "tiny": (256, 4, 8, 4, 768, 2048),
-    "m50": (512, 8, 8, 4, 1536, 32002),
-    "7b-4-layers": (4096, 4, 32, 8, 14336, 32002),
-}
 # Prompts in a repeat: the peer takes as long as this, and groups its pairs by length within it.
 SETTINGS = {"128/96": 2, "512/128": 1, "64/256": 2, "nectar": 5, "rankings_k7": 5}
 RAGGED_PROMPTS = 5
 REAL = ("nectar", "rankings_k7")
 KINDS = ("fixed", "bf16", "ragged", "bf16 ragged")
 RACES = ("packed/trl-21-pairs", "packed/trl-6-pairs", "packed/k-wise")
-# A folder of this name: dill, under TRL's datasets, pickles by value what lies in any other.
-PEER = Path(__file__).resolve().parents[1] / ".peers" / "trl-1.16.0" / "site-packages"
-# Without dependencies, which would bring another torch: what TRL needs beyond starling's own.
-PEER_PACKAGES = (
-    "trl==1.16.0",
-    "accelerate==1.15.0",
-    "datasets==5.2.0",
-    "pandas>=2.3",
-    "pyarrow>=24",
-    "dill>=0.3,<0.4.2",
-    "multiprocess<0.70.20",
-    "xxhash",
-    "psutil",
-    "python-dateutil",
-    "six",
-)
+PEER = "trl-1.16.0"
 
 
 @dataclass(frozen=True)
@@ -107,23 +85,6 @@ class Ranking:
         return [self.prompt + answer for answer in self.answers]
 
 
-@dataclass(frozen=True)
-class Seconds:
-    """What a run took, on the wall and of this process's CPU time."""
-
-    wall: float
-    cpu: float
-
-    @staticmethod
-    def now(device: str) -> "Seconds":
-        if device != "cpu":
-            torch.cuda.synchronize()
-        return Seconds(time.perf_counter(), time.process_time())
-
-    def since(self, start: "Seconds", passes: int = 1) -> "Seconds":
-        return Seconds((self.wall - start.wall) / passes, (self.cpu - start.cpu) / passes)
-
-
 Side = Callable[[Sequence[Ranking]], Seconds]
 """Trains on the rankings; what one pass over them took."""
 
@@ -136,21 +97,8 @@ NEIGHBOURS: Pairs = tuple(itertools.pairwise(range(K)))
 
 def new_model(name: str, device: str) -> Any:
     """A random reward model of the named shape, in fp32."""
-    hidden, layers, heads, kv_heads, intermediate, vocab = MODELS[name]
     torch.manual_seed(0)
-    shape: Any = MistralConfig(
-        vocab_size=vocab,
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        max_position_embeddings=MOST_TOKENS,
-        sliding_window=None,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-    )
+    shape = model_shape(name)
     shape.num_labels = 1
     model: Any = MistralForSequenceClassification(shape)
     return model.to(device).train()
@@ -219,10 +167,6 @@ def kwise_loss(model: Any, ranking: Ranking, scores: Callable[[Any, Ranking], Te
     return plackett_luce_loss(found, ranks, torch.ones_like(ranks, dtype=torch.bool))[0]
 
 
-def autocast(dtype: str, device: str) -> AbstractContextManager[Any]:
-    return torch.autocast(device, torch.bfloat16) if dtype == "bf16" else nullcontext()
-
-
 def train_kwise(
     rankings: Sequence[Ranking],
     *,
@@ -243,24 +187,6 @@ def train_kwise(
         optimizer.step()
         optimizer.zero_grad()
     return Seconds.now(device).since(start, passes)
-
-
-def with_peer() -> None:
-    """Install TRL on first use, whole or not at all, and start over with it importable.
-
-    Started over because transformers looks for accelerate, which TRL brings, when it is imported.
-    """
-    if str(PEER) in sys.path:
-        return
-    if not PEER.exists():
-        print(f"installing {PEER_PACKAGES[0]} into {PEER}", file=sys.stderr, flush=True)
-        PEER.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=PEER.parent) as folder:
-            command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target"]
-            subprocess.run([*command, f"{folder}/new", *PEER_PACKAGES], check=True, stdout=2)
-            os.replace(f"{folder}/new", PEER)
-    path = os.pathsep.join(filter(None, [str(PEER), os.environ.get("PYTHONPATH")]))
-    os.execve(sys.executable, sys.orig_argv, os.environ | {"PYTHONPATH": path})
 
 
 class Stopwatch(TrainerCallback):
@@ -346,17 +272,6 @@ class Trl:
         return fixed if self.as_shipped else fixed | tuned
 
 
-def two_word_tokenizer() -> Any:
-    """What the peer asks for a pad token; the pairs come as ids."""
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast
-
-    words = Tokenizer(models.WordLevel({"<pad>": 0, "<eos>": 2}, unk_token="<pad>"))
-    return PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="<pad>", eos_token="<eos>", unk_token="<pad>"
-    )
-
-
 def check_equal(model: Any, ranking: Ranking) -> None:
     """Packed and padded give one loss and gradient norm, and the scores that the peer reads."""
     losses, norms = [], []
@@ -375,20 +290,6 @@ def check_equal(model: Any, ranking: Ranking) -> None:
         torch.testing.assert_close(
             packed_scores(model, ranking), logits[:, 0].float(), atol=1e-5, rtol=1e-4
         )
-
-
-def matmul_rate(dtype: str, device: str) -> float:
-    """The best rate at which this machine multiplies two 1024 x 1024 matrices, in flop/s."""
-    size = 1024 if device == "cpu" else 8192
-    kind = torch.bfloat16 if dtype == "bf16" else torch.float32
-    left, right = torch.randn(2, size, size).to(kind).to(device)
-    times = []
-    for _ in range(20):
-        start = Seconds.now(device)
-        torch.mm(left, right)
-        took = Seconds.now(device).since(start)
-        times.append(took.cpu if device == "cpu" else took.wall)
-    return 2 * size**3 / min(times)
 
 
 def necessary_flops(model: Any, rankings: Sequence[Ranking]) -> float:
@@ -418,30 +319,6 @@ def num_tokens(rankings: Sequence[Ranking], race: str) -> int:
             pairs = ALL_PAIRS if race == "packed/trl-21-pairs" else NEIGHBOURS
             total += sum(lengths[better] + lengths[worse] for better, worse in pairs)
     return total
-
-
-def peak_mib(run: Callable[[], object], device: str) -> float | None:
-    """By how much resident (or the device's) memory grows while running; None where not told."""
-    gc.collect()
-    if device != "cpu":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run()
-        return round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)
-    try:
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")
-    except (OSError, AttributeError):
-        run()
-        return None
-    before = status_mib("VmRSS")
-    run()
-    return round(status_mib("VmHWM") - before, 1)
-
-
-def status_mib(key: str) -> float:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(key)) / 1024
 
 
 def new_peers(race: str, name: str, dtype: str, options: argparse.Namespace) -> dict[str, Side]:
@@ -528,29 +405,12 @@ def compete(
     }
 
 
-def rounded(value: float) -> float:
-    return float(f"{value:.4g}")
-
-
-def spread(values: list[float]) -> dict[str, float]:
-    low, high = min(values), max(values)
-    return {
-        "median": rounded(statistics.median(values)),
-        "low": rounded(low),
-        "high": rounded(high),
-    }
-
-
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--json", type=Path, help="write the rows there too, after each race")
+    parser = options_parser(__doc__, repeats=5)
     parser.add_argument("--quick", action="store_true", help="128/96 and 512/128, fp32, fixed")
     parser.add_argument("--races", nargs="+", choices=RACES, default=RACES)
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
-    parser.add_argument("--model", choices=MODELS, default="tiny")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--prompts", type=int, help="per repeat, instead of the setting's own")
     options = parser.parse_args(arguments)
     if options.quick:
@@ -574,28 +434,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Race every row that was asked for."""
     options = parse(arguments)
     if set(options.races) != {"packed/k-wise"}:
-        with_peer()
-    torch.set_num_threads(1)
-    warnings.filterwarnings("ignore")
-    logging.disable(logging.WARNING)
-    rates = {dtype: matmul_rate(dtype, options.device) for dtype in ("fp32", "bf16")}
-    environment = {
-        "machine": platform.machine(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "device": torch.cuda.get_device_name() if options.device != "cpu" else "cpu",
-        "threads": 1,
-        "matmul_gflops": {dtype: round(rate / 1e9, 1) for dtype, rate in rates.items()},
-    }
-    rows = []
-    for kind, setting, race in plan(options):
-        row = compete(race, setting, kind, options, rates["bf16" if "bf16" in kind else "fp32"])
-        rows.append(row | {"environment": environment})
-        print(json.dumps(row), file=sys.stderr, flush=True)
-        if options.json:
-            options.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(rows))
+        with_peer(PEER)
+    rates = quiet_rates(options.device)
+    rows = (
+        compete(race, setting, kind, options, rates["bf16" if "bf16" in kind else "fp32"])
+        for kind, setting, race in plan(options)
+    )
+    write_rows(rows, rates, options)
 
 
 if __name__ == "__main__":

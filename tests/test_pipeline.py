@@ -126,7 +126,9 @@ def test_each_stage_reads_what_the_one_before_it_wrote(world):
     assert world.inputs["feedback"].prompts == (world.folder / "data" / "prompts.jsonl",)
     assert world.inputs["feedback"].benchmarks == (world.folder / "data" / "bench.jsonl",)
     assert world.inputs["ppo"].prompts == run / "feedback" / "prompts.jsonl"
-    assert world.inputs["ppo"].reward_model == str(run / "reward" / "model")
+    assert [each.model for each in world.inputs["ppo"].reward_models] == [
+        str(run / "reward" / "model")
+    ]
     assert world.inputs["bench"].baseline == str(run / "sft" / "model")
     assert world.inputs["bench"].policy == str(run / "ppo" / "model")
     assert world.inputs["bench"].reward_model is None
@@ -281,6 +283,75 @@ def test_a_local_judge_counts_by_its_weights_and_not_by_its_path(world):
     assert world.inputs["feedback"].judge.model == str(world.folder / "judge")
     weights.write_text("two", encoding="utf-8")
     assert "feedback" in world.run()
+
+
+@pytest.fixture
+def reward_models(world):
+    """Those of a recipe that names three: of another trainer, of the run itself, and served."""
+    for name in ("mine", "served"):
+        (world.folder / name).mkdir()
+        (world.folder / name / "weights").write_text(name, encoding="utf-8")
+    world.tree["ppo"]["reward_models"] = [
+        {"model": "mine", "weight": 2.0},
+        {"model": "reward/model"},
+        {"model": "served", "url": "http://127.0.0.1:9", "api_key_env": "KEY"},
+    ]
+    return world.tree["ppo"]["reward_models"]
+
+
+def test_several_reward_models_are_found_and_hashed_with_their_settings(world, reward_models):
+    world.tree["bench"]["best_of"] = 4
+    world.run()
+    found = world.inputs["ppo"].reward_models
+    places = [world.folder / "mine", world.out / "reward" / "model", world.folder / "served"]
+    assert [each.model for each in found] == list(map(str, places))
+    assert [each.weight for each in found] == [2.0, 1.0, 1.0]
+    assert [each.url for each in found] == [None, None, "http://127.0.0.1:9"]
+    assert world.inputs["bench"].reward_model == str(places[0])
+    inputs = world.manifest("ppo")["inputs"]
+    for number, place in enumerate(places):
+        assert inputs[f"reward_models.{number}.model"]["path"] == str(place)
+        assert inputs[f"reward_models.{number}"]["sha256"]
+    assert world.run() == []
+
+
+@pytest.mark.parametrize(
+    ("number", "field", "value"),
+    [(0, "weight", 3.0), (2, "url", "http://127.0.0.1:10"), (2, "served_model", "m")],
+)
+def test_a_reward_models_settings_make_ppo_stale(world, reward_models, number, field, value):
+    world.run()
+    reward_models[number][field] = value
+    assert world.run() == ["ppo", "bench"]
+
+
+def test_a_reward_models_content_makes_ppo_stale_and_its_place_does_not(world, reward_models):
+    world.run()
+    old = world.folder / "mine"
+    old.rename(world.folder / "moved")
+    reward_models[0]["model"] = "moved"
+    before = dict(world.manifest("ppo")["inputs"])
+    world.run()
+    after = world.manifest("ppo")["inputs"]
+    assert {name for name in before if before[name]["sha256"] != after[name]["sha256"]} == set()
+    (world.folder / "moved" / "weights").write_text("more", encoding="utf-8")
+    assert world.run() == ["ppo", "bench"]
+    (world.folder / "served" / "weights").write_text("more", encoding="utf-8")
+    assert world.run() == ["ppo", "bench"]
+
+
+def test_a_reward_model_that_is_nowhere_is_named_by_its_key(world, reward_models):
+    reward_models[2]["model"] = "gone/for/good"
+    with pytest.raises(DataError, match=r"ppo\.reward_models\.2\.model: there is no model folder"):
+        world.run()
+    assert world.calls == []
+
+
+def test_prompts_with_instructions_are_found_and_hashed(world):
+    world.tree["ppo"]["instructions"] = "data/prompts.jsonl"
+    world.run()
+    assert world.inputs["ppo"].instructions == world.folder / "data" / "prompts.jsonl"
+    assert world.manifest("ppo")["inputs"]["instructions"]["path"] is not None
 
 
 def test_a_stage_runs_alone_on_what_is_there(world):

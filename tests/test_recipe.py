@@ -242,6 +242,16 @@ def test_a_stage_without_what_it_needs_is_refused_with_what_to_name(tmp_path, te
     assert lines[1].startswith(line.removesuffix(" need one"))
 
 
+@pytest.mark.parametrize(
+    "named", [{"reward_model": "r"}, {"reward_models": [{"model": "r"}, {"model": "s"}]}]
+)
+def test_reward_models_that_are_named_need_no_reward_stage(named):
+    bench = {"questions": "q", "best_of": 4}
+    tree = {"policy": "m", "judge": {"kind": "rubric"}, "bench": bench}
+    recipe = validate_recipe(tree | {"ppo": {"prompts": "p", **named}}, "mine")
+    assert recipe.reward is None
+
+
 def test_a_number_of_answers_that_cannot_be_ranked_is_refused(tmp_path):
     candidate = {"name": "a", "model": "m", "answers": 27}
     lines = refusal(tmp_path, with_change("feedback", "candidates", value=[candidate]))

@@ -3,8 +3,8 @@
     python tools/mutate.py              all mutants; exit status 1 if any survives
     python tools/mutate.py advantage    only those of files whose path holds the word
 
-Each mutant of `mutants.py` and `mutants_reward.py` is applied to a temporary copy of the tree, not
-in place; the tests named beside it then run there.  A mutant whose old text is not found exactly
+Each mutant of `mutants.py` and `mutants_*.py` is applied to a temporary copy of the tree, not in
+place; the tests named beside it then run there.  A mutant whose old text is not found exactly
 once is an error: the list is stale.  Equivalent changes (a difference that no input shows) are not
 in the list.
 """
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import mutants
+import mutants_ppo
 import mutants_reward
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -44,7 +45,7 @@ class Mutant(NamedTuple):
 
 MUTANTS = [
     Mutant(file, tests, *change)
-    for listed in (mutants.CHANGES, mutants_reward.CHANGES)
+    for listed in (mutants.CHANGES, mutants_ppo.CHANGES, mutants_reward.CHANGES)
     for (file, tests), changes in listed.items()
     for change in changes
 ]

@@ -18,7 +18,7 @@ from starling.data.rows import HUB_DATA, fetch
 from starling.feedback.config import Candidate, FeedbackInputs, FeedbackSection
 from starling.judging.config import JudgeSection
 from starling.manifest import MANIFEST
-from starling.ppo.config import PpoInputs, PpoSection
+from starling.ppo.config import PpoInputs, PpoSection, RewardSource
 from starling.recipe import STAGES, Recipe
 from starling.reward.config import RewardInputs, RewardSection
 from starling.sft.config import SftInputs, SftSection
@@ -122,26 +122,39 @@ def resolve_reward(section: RewardSection, recipe: Recipe, paths: Paths) -> Rewa
 
 def resolve_ppo(section: PpoSection, recipe: Recipe, paths: Paths) -> PpoInputs:
     prompts = section.prompts or "feedback/prompts.jsonl"
-    validation = section.validation
+    validation, instructions = section.validation, section.instructions
     return PpoInputs(
         policy=paths.model("ppo.policy", section.policy or _starting_policy(recipe)),
         prompts=paths.rows("ppo.prompts", prompts),
-        reward_model=paths.model("ppo.reward_model", section.reward_model or "reward/model"),
+        reward_models=_reward_models(section, paths),
         validation=paths.file("ppo.validation", validation) if validation is not None else None,
         judge=_judge(recipe, paths),
+        instructions=paths.file("ppo.instructions", instructions) if instructions else None,
     )
 
 
 def resolve_bench(section: BenchSection, recipe: Recipe, paths: Paths) -> BenchInputs:
     ppo = recipe.ppo
     baseline = section.baseline or (ppo.policy if ppo is not None else None)
-    reward_model = (ppo.reward_model if ppo is not None else None) or "reward/model"
     return BenchInputs(
         questions=paths.file("bench.questions", section.questions),
         baseline=paths.model("bench.baseline", baseline or _starting_policy(recipe)),
         policy=paths.model("bench.policy", section.policy or "ppo/model"),
-        reward_model=paths.model("ppo.reward_model", reward_model) if section.best_of else None,
+        reward_model=_reward_models(ppo, paths)[0].model if section.best_of else None,
         judge=_needed_judge(recipe, paths),
+    )
+
+
+def _reward_models(section: PpoSection | None, paths: Paths) -> tuple[RewardSource, ...]:
+    """What PPO learns from, with the folders found; without its word, the reward stage's model."""
+    if section is None or not section.reward_models:
+        named = (section.reward_model if section is not None else None) or "reward/model"
+        return (RewardSource(model=paths.model("ppo.reward_model", named)),)
+    return tuple(
+        source.model_copy(
+            update={"model": paths.model(f"ppo.reward_models.{number}.model", source.model)}
+        )
+        for number, source in enumerate(section.reward_models)
     )
 
 
@@ -192,10 +205,10 @@ def _entries(name: str, value: Any) -> Iterator[tuple[str, dict[str, Any]]]:
         case tuple():
             for number, item in enumerate(value):
                 yield from _entries(f"{name}.{number}", item)
-        case JudgeSection() | Candidate():
+        case JudgeSection() | Candidate() | RewardSource():
             settings = value.model_dump(mode="json")
             for field in ("model", "tokenizer"):
-                if settings[field] is not None and Path(settings[field]).is_absolute():
+                if (path := settings.get(field)) is not None and Path(path).is_absolute():
                     yield from _entries(f"{name}.{field}", settings.pop(field))
             yield name, {"path": None, "sha256": hash_json(settings)}
         case Path():

@@ -58,7 +58,7 @@ PIPELINE = (
     Stage("sft", 2, "starling.sft.train", resolve_sft, is_shared=True),
     Stage("feedback", 2, "starling.feedback.run", resolve_feedback),
     Stage("reward", 2, "starling.reward.train", resolve_reward, is_shared=True),
-    Stage("ppo", 1, "starling.ppo.train", resolve_ppo),
+    Stage("ppo", 2, "starling.ppo.train", resolve_ppo, is_shared=True),
     Stage("bench", 1, "starling.bench.run", resolve_bench),
 )
 

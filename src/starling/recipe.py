@@ -167,14 +167,15 @@ def _missing_sources(recipe: Recipe) -> Iterator[str]:
     """What a stage needs from a stage that is not there, nor named instead."""
     has_start = recipe.sft is not None or recipe.policy is not None
     has_baseline = has_start or (recipe.ppo is not None and recipe.ppo.policy is not None)
-    has_reward_model = recipe.reward or (recipe.ppo is not None and recipe.ppo.reward_model)
+    named = recipe.ppo is not None and (recipe.ppo.reward_model or recipe.ppo.reward_models)
+    has_rewards = recipe.reward or named
     start = "without an sft stage or the recipe's `policy`, name the starting policy here"
     needs = (
         ("reward.rankings", recipe.feedback, "without a feedback stage, name the rankings here"),
         ("reward.base", has_start, start),
         ("ppo.policy", has_start, start),
         ("ppo.prompts", recipe.feedback, "without a feedback stage, name the prompts here"),
-        ("ppo.reward_model", recipe.reward, "without a reward stage, name the reward model here"),
+        ("ppo.reward_model", has_rewards, "without a reward stage, name the reward model here"),
         ("bench.policy", recipe.ppo, "without a ppo stage, name the policy under test here"),
         ("bench.baseline", has_baseline, start),
     )
@@ -183,8 +184,8 @@ def _missing_sources(recipe: Recipe) -> Iterator[str]:
         section = getattr(recipe, stage)
         if section is not None and getattr(section, field) is None and not other_source:
             yield f"{path}: is missing; {text}"
-    if recipe.bench is not None and recipe.bench.best_of and not has_reward_model:
-        yield "bench.best_of: needs a reward stage, or ppo.reward_model; 0 leaves it out"
+    if recipe.bench is not None and recipe.bench.best_of and not has_rewards:
+        yield "bench.best_of: needs a reward stage, or ppo.reward_model(s); 0 leaves it out"
     stages = [name for name in ("feedback", "bench") if getattr(recipe, name) is not None]
     if recipe.judge is None and stages:
         yield f"judge: is missing, and {' and '.join(stages)} need one"

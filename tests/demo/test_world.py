@@ -12,10 +12,11 @@ import starling.demo.world as world_module
 from starling.data.records import Conversation, Prompt, Question
 from starling.demo.tasks import TASKS, draw_task
 from starling.demo.world import VOICES, Sizes, normalised, say, write_world
+from starling.judging.instructions import InstructedPrompt, share_followed
 from starling.judging.rubric import Checks, Grade, grade
 
-SMALL = Sizes(bench=32, validation=32, prompts=64, ppo=64, sft=320)
-FILES = ("bench", "validation", "prompts", "ppo", "sft")
+SMALL = Sizes(bench=32, validation=32, prompts=64, ppo=64, sft=320, instructions=32)
+FILES = ("bench", "validation", "prompts", "ppo", "sft", "instructions")
 NAMES = list(TASKS)
 
 
@@ -41,7 +42,7 @@ def test_the_same_seed_writes_the_same_bytes_and_another_does_not(world: Path, t
 
 def test_a_file_keeps_its_bytes_when_a_later_one_grows(world: Path, tmp_path: Path):
     write_world(tmp_path, seed=0, sizes=Sizes(32, 32, 64, 64, sft=640))
-    for name in FILES[:-1]:
+    for name in FILES[:-2]:
         assert (tmp_path / f"{name}.jsonl").read_bytes() == (world / f"{name}.jsonl").read_bytes()
 
 
@@ -74,14 +75,34 @@ def test_more_rows_than_there_are_different_prompts_are_refused(monkeypatch: pyt
 
 
 def test_every_row_is_a_valid_record_with_its_category_equally_often(world: Path):
-    kinds = {"bench": Question, "sft": Conversation}
+    kinds = {"bench": Question, "sft": Conversation, "instructions": InstructedPrompt}
     for name in FILES:
         records = rows(world, name)
         for row in records:
-            kinds.get(name, Prompt).model_validate(row)
+            kinds.get(name, Prompt).model_validate_json(json.dumps(row))
         count = Counter(row["category"] for row in records)
         assert count == dict.fromkeys(NAMES, len(records) // len(NAMES))
         assert len({row["id"] for row in records}) == len(records)
+
+
+def test_instructions_say_nothing_of_what_is_right(world: Path):
+    for row in rows(world, "instructions"):
+        assert "checks" not in row
+        record = InstructedPrompt.model_validate(row)
+        assert len(record.instructions) == len(set(record.instructions)) == 4
+        # The same answer, whatever was asked.
+        assert share_followed([record], ["It is so."]) == [1.0]
+
+
+def test_instructions_are_followed_in_part_by_what_the_sft_data_says(tmp_path: Path):
+    write_world(tmp_path, seed=0, sizes=Sizes(8, 8, 8, 8, 800, 800))
+    records = [InstructedPrompt.model_validate(row) for row in rows(tmp_path, "instructions")]
+    said = [row["messages"][1]["content"] for row in rows(tmp_path, "sft")]
+    shares = share_followed(records, said)
+    assert 0.6 < sum(shares) / len(shares) < 0.8
+    rambling = "Well, um, it is tin, you know, more or less, so yeah, and then. Hope so! Who knows?"
+    kept = share_followed(records, [rambling] * len(records))
+    assert sum(kept) / len(kept) < 0.5
 
 
 def test_prompts_are_half_one_turn_and_half_two_in_every_category(world: Path):

@@ -81,7 +81,7 @@ def gradients(model, loss):
 
 @pytest.mark.parametrize("logit_rows", [1, 3, 4096])
 def test_the_gradient_in_chunks_is_that_of_cross_entropy(model, monkeypatch, logit_rows):
-    monkeypatch.setattr(causal_lm, "LOGIT_ROWS", logit_rows)
+    monkeypatch.setattr(causal_lm, "MOST_LOGITS", 11 * logit_rows)
     ids = [1, 5, 3, 9, 2, 7, 4]
     found = gradients(model, -ours(model, [ids], [[False, *[True] * 6]]).sum())
     logits = model(torch.tensor([ids])).logits[0]
@@ -98,7 +98,7 @@ def test_the_gradient_in_chunks_is_that_of_cross_entropy(model, monkeypatch, log
 @torch.no_grad()
 def test_chunks_give_the_same_logprobs_without_a_gradient_too(model, monkeypatch):
     whole = ours(model, ROWS, MASKS, temperature=0.7)
-    monkeypatch.setattr(causal_lm, "LOGIT_ROWS", 2)
+    monkeypatch.setattr(causal_lm, "MOST_LOGITS", 2 * 11 + 1)
     assert_close(ours(model, ROWS, MASKS, temperature=0.7), whole)
 
 

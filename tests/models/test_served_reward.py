@@ -6,12 +6,13 @@ The server answers in the form of vLLM's /classify, and computes with transforme
 import dataclasses
 import json
 import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+import time
 
 import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
 
+from reward_server import Server, classified, pooled
 from starling.base.errors import DataError, InputError, ModelError
 from starling.data.records import Message
 from starling.models.reward_model import RewardModel, Scored
@@ -30,60 +31,15 @@ ITEMS = [
 ]
 
 
-def classified(scores):
-    """A reply of vLLM 0.32's /classify."""
-    data = [
-        {"index": index, "label": "LABEL_0", "probs": [score], "num_classes": 1}
-        for index, score in enumerate(scores)
-    ]
-    usage = {"prompt_tokens": 7, "total_tokens": 7, "completion_tokens": 0}
-    return {"id": "classify-1", "object": "list", "created": 0, "model": "m", "data": data} | {
-        "usage": usage
-    }
-
-
-class Server:
-    """`answer(body, n)` gives the n-th reply to a POST: a JSON value, or status, text, headers."""
-
-    def __init__(self, answer, models=("m",)):
-        self.bodies, self.paths, self.keys = [], [], []
-        outer = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self):
-                listed = {"object": "list", "data": [{"id": name} for name in models]}
-                self.reply(200, json.dumps(listed), {})
-
-            def do_POST(self):
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                outer.bodies.append(body)
-                outer.paths.append(self.path)
-                outer.keys.append(self.headers["Authorization"])
-                found = answer(body, len(outer.bodies) - 1)
-                if not isinstance(found, tuple):
-                    found = 200, json.dumps(found), {}
-                self.reply(*found)
-
-            def reply(self, status, text, headers):
-                self.send_response(status)
-                for name, value in ({"Content-Type": "application/json"} | headers).items():
-                    self.send_header(name, value)
-                self.end_headers()
-                self.wfile.write(text.encode())
-
-            def log_message(self, format, *args):
-                pass
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
-
-    def __enter__(self):
-        threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
-        return self
-
-    def __exit__(self, *_):
-        self._server.shutdown()
-        self._server.server_close()
+def connected(server, folder, **options):
+    """Connect while the server still answers well; only what is asked after that is kept."""
+    answer = server.answer
+    server.answer = lambda body, n: classified([0.5] * len(body["input"]))
+    served = ServedRewardModel.connect(server.url, str(folder), **options)
+    server.answer = answer
+    server.bodies.clear()
+    server.keys.clear()
+    return served
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +77,7 @@ def test_served_scores_are_those_of_the_folder_normalised_once(folder, by_transf
 
 def test_ids_go_out_and_the_activation_is_refused(folder, by_transformers):
     with Server(by_transformers) as server:
-        served = ServedRewardModel.connect(server.url, str(folder))
+        served = connected(server, folder)
         served.score(ITEMS)
     [body] = server.bodies
     assert (body["model"], body["use_activation"]) == ("m", False)
@@ -136,7 +92,7 @@ def test_many_conversations_are_asked_in_parts_and_keep_their_order(folder):
     lengths = lambda body, n: classified([float(len(ids)) for ids in body["input"]])  # noqa: E731
     items = [scored(f"Hi {number % 7}", "x" * (number % 50)) for number in range(150)]
     with Server(lengths) as server:
-        found = ServedRewardModel.connect(server.url, str(folder)).score_each(items)
+        found = connected(server, folder).score_each(items)
     assert [score.raw_score for score in found] == [score.num_tokens for score in found]
     assert [len(body["input"]) for body in server.bodies] == [64, 64, 22]
     assert SEQUENCES_PER_CALL == 64
@@ -160,11 +116,11 @@ def test_a_busy_server_is_asked_again_and_then_no_more(folder, by_transformers):
         return busy if n < 2 else by_transformers(body, n)
 
     with Server(answer) as server:
-        served = ServedRewardModel.connect(server.url, str(folder), retries=2)
+        served = connected(server, folder, retries=2)
         assert served.score(ITEMS).shape == (3,)
         assert len(server.bodies) == 3
     with Server(lambda body, n: busy) as server:
-        served = ServedRewardModel.connect(server.url, str(folder), retries=2)
+        served = connected(server, folder, retries=2)
         with pytest.raises(InputError, match=r"/classify answered 503: .*starting"):
             served.score(ITEMS)
         assert len(server.bodies) == 3
@@ -178,20 +134,145 @@ def test_a_server_that_takes_too_long_is_given_up(folder):
         return {}
 
     with Server(hang) as server:
-        served = ServedRewardModel.connect(server.url, str(folder), timeout_seconds=0.2, retries=0)
+        served = connected(server, folder, timeout_seconds=0.2, retries=0)
         with pytest.raises(InputError, match=r"gave no answer in 1 attempts .*start the server"):
             served.score(ITEMS)
         release.set()
 
 
-def test_a_server_that_is_gone_is_named(folder):
+def test_a_server_that_is_gone_is_named_at_once_and_later(folder):
     with pytest.raises(InputError, match="no server answers at http://127.0.0.1:9/v1"):
         ServedRewardModel.connect("http://127.0.0.1:9", str(folder))
-    served = ServedRewardModel.connect(
-        "http://127.0.0.1:9", str(folder), served_model="m", retries=0
-    )
-    with pytest.raises(InputError, match=r"127\.0\.0\.1:9/classify gave no answer"):
+    gone = r"/classify gave no answer in 1 attempts .*start the server.*then run this again"
+    with pytest.raises(InputError, match=gone):
+        ServedRewardModel.connect("http://127.0.0.1:9", str(folder), served_model="m", retries=0)
+    with Server(lambda body, n: None) as server:
+        served = connected(server, folder, retries=0)
+    with pytest.raises(InputError, match=gone):
         served.score(ITEMS)
+
+
+def test_a_slow_server_is_waited_for(folder, by_transformers):
+    def answer(body, n):
+        time.sleep(0.3)
+        return by_transformers(body, n)
+
+    with Server(answer) as server:
+        found = connected(server, folder, retries=0).score(ITEMS)
+    here = RewardModel.load(str(folder)).score(ITEMS)
+    assert found.tolist() == pytest.approx(here.tolist(), abs=1e-5)
+
+
+@pytest.fixture(scope="module")
+def pooling(by_transformers):
+    """What /pooling answers where the model has `tasks`."""
+
+    def make(*tasks):
+        def answer(body, n):
+            if body["task"] not in tasks:
+                said = f"Unsupported task: {body['task']!r} Supported tasks: {tasks}"
+                return 400, json.dumps({"error": {"message": said}}), {}
+            scores = [item["probs"] for item in by_transformers(body, n)["data"]]
+            if body["task"] == "classify":
+                return pooled(scores)
+            # Scores at tokens before the last have nothing to say.
+            pairs = zip(scores, body["input"], strict=True)
+            return pooled([[[9.0]] * (len(ids) - 1) + [score] for score, ids in pairs])
+
+        return answer
+
+    return make
+
+
+@pytest.mark.parametrize("task", ["classify", "token_classify"])
+def test_a_server_without_classify_is_asked_by_pooling(folder, pooling, task, caplog):
+    caplog.set_level("INFO", "starling")
+    with Server(pooling(task), route="/pooling") as server:
+        served = ServedRewardModel.connect(server.url, str(folder))
+        assert [f"scores come from /pooling, task {task}" in text for text in caplog.messages] == [
+            True
+        ]
+        server.paths.clear()
+        server.bodies.clear()
+        found = [served.score(ITEMS), served.score(ITEMS)]
+    here = RewardModel.load(str(folder)).score(ITEMS)
+    for scores in found:
+        assert scores.tolist() == pytest.approx(here.tolist(), abs=1e-5)
+    # Found once, and said once.
+    assert server.paths == ["/pooling", "/pooling"]
+    assert {(body["task"], body["use_activation"]) for body in server.bodies} == {(task, False)}
+    assert len(caplog.messages) == 1
+
+
+@pytest.mark.parametrize("status", [400, 404, 405, 501])
+def test_versions_refuse_a_route_differently_and_the_next_is_tried(folder, pooling, status):
+    def answer(body, n):
+        if "task" in body:
+            return pooling("classify")(body, n)
+        headers = {"x-should-retry": "false"}
+        return status, '{"error": {"message": "does not support Classification API"}}', headers
+
+    with Server(answer, route=None) as server:
+        served = ServedRewardModel.connect(server.url, str(folder), retries=0)
+        assert served.score(ITEMS).shape == (3,)
+    assert server.paths == ["/classify", "/pooling", "/pooling"]
+
+
+def test_a_server_that_fails_is_not_asked_in_other_shapes(folder):
+    broken = 500, '{"error": {"message": "out of memory"}}', {"retry-after-ms": "1"}
+    said = pytest.raises(InputError, match=r"/classify answered 500: .*out of memory")
+    with Server(lambda body, n: broken, route=None) as server, said:
+        ServedRewardModel.connect(server.url, str(folder), retries=1)
+    assert server.paths == ["/classify"] * 2
+
+
+def test_a_server_that_scores_in_no_shape_is_told_with_each_refusal(folder, pooling):
+    with (
+        Server(pooling("embed"), route="/pooling") as server,
+        pytest.raises(InputError) as caught,
+    ):
+        ServedRewardModel.connect(server.url, str(folder))
+    said = str(caught.value)
+    assert "/classify answered 404" in said
+    assert "/pooling answered 400" in said
+    assert "Unsupported task: 'token_classify'" in said
+    assert "--runner pooling" in said
+
+
+@pytest.mark.parametrize(
+    ("tasks", "change", "message"),
+    [
+        ("classify", lambda data: data[1].update(data=[0.1, 0.2]), r"data\.1\.data: .*one label"),
+        ("classify", lambda data: data[1].update(data=[[0.1]]), r"data\.1\.data\.0"),
+        ("classify", lambda data: data[1].update(data="AACAPw=="), r"data\.1\.data"),
+        ("classify", lambda data: data.pop(), "asked for 3 scores and gave number 0, 1;"),
+        ("classify", lambda data: data[2].update(data=[float("nan")]), "no finite numbers"),
+        ("token_classify", lambda data: data[2]["data"].pop(), r"gave \d+ scores for a conv.* cut"),
+        ("token_classify", lambda data: data[0].update(data=[]), "gave 0 scores for a conv"),
+        ("token_classify", lambda data: data[0].update(data=[0.1]), r"data\.0\.data\.0"),
+    ],
+)
+def test_a_pooling_reply_of_another_form_is_refused(folder, pooling, tasks, change, message):
+    def changed(body, n):
+        reply = pooling(tasks)(body, n)
+        change(reply["data"])
+        return reply
+
+    with Server(pooling(tasks), route="/pooling") as server:
+        served = ServedRewardModel.connect(server.url, str(folder))
+        server.answer = changed
+        with pytest.raises(DataError, match=message):
+            served.score(ITEMS)
+
+
+def test_what_cannot_score_is_told_on_connecting(folder):
+    page = 200, "<html>", {"Content-Type": "text/html"}
+    for answer, message in (
+        (lambda body, n: page, "the reply: Invalid JSON"),
+        (lambda body, n: classified([float("nan")]), r"no finite numbers \(a greeting\)"),
+    ):
+        with Server(answer) as server, pytest.raises(DataError, match=message):
+            ServedRewardModel.connect(server.url, str(folder))
 
 
 @pytest.mark.parametrize(
@@ -215,14 +296,14 @@ def test_a_reply_that_is_not_one_number_each_is_refused(folder, change, message)
         return reply
 
     with Server(answer) as server:
-        served = ServedRewardModel.connect(server.url, str(folder))
+        served = connected(server, folder)
         with pytest.raises(DataError, match=message):
             served.score(ITEMS)
 
 
 def test_a_page_is_no_reply(folder):
     with Server(lambda body, n: (200, "<html>", {"Content-Type": "text/html"})) as server:
-        served = ServedRewardModel.connect(server.url, str(folder))
+        served = connected(server, folder)
         with pytest.raises(DataError, match="the reply: Invalid JSON"):
             served.score(ITEMS)
 
@@ -231,7 +312,7 @@ def test_a_page_is_no_reply(folder):
 def test_a_refusal_is_shown_with_what_to_do(folder, status, advice):
     refusal = status, json.dumps({"error": {"message": "too long"}}), {}
     with Server(lambda body, n: refusal) as server:
-        served = ServedRewardModel.connect(server.url, str(folder))
+        served = connected(server, folder)
         with pytest.raises(InputError, match=f"answered {status}.*{advice}"):
             served.score(ITEMS)
         assert len(server.bodies) == 1
@@ -241,7 +322,7 @@ def test_the_key_goes_out_and_is_never_shown(folder, monkeypatch):
     monkeypatch.setenv("REWARD_KEY", "sesame-open")
     refusal = 401, json.dumps({"error": {"message": "bad key sesame-open"}}), {}
     with Server(lambda body, n: refusal) as server:
-        served = ServedRewardModel.connect(server.url, str(folder), api_key_env="REWARD_KEY")
+        served = connected(server, folder, api_key_env="REWARD_KEY")
         with pytest.raises(InputError, match=r"valid key into .* REWARD_KEY") as caught:
             served.score(ITEMS)
     assert server.keys == ["Bearer sesame-open"]
@@ -251,11 +332,13 @@ def test_the_key_goes_out_and_is_never_shown(folder, monkeypatch):
 
 def test_of_several_models_one_has_to_be_named(folder, by_transformers):
     with Server(by_transformers, models=("b", "a")) as server:
-        with pytest.raises(InputError, match=r"serves 2 models: a, b\. .*--served-model"):
+        with pytest.raises(
+            InputError, match=r"serves 2 models: a, b\. .*--served-model NAME, or served_model"
+        ):
             ServedRewardModel.connect(server.url, str(folder))
         served = ServedRewardModel.connect(server.url, str(folder), served_model="b")
         served.score(ITEMS)
-    assert server.bodies[0]["model"] == "b"
+    assert [body["model"] for body in server.bodies] == ["b", "b"]
 
 
 def test_an_address_that_is_none_and_one_with_a_key_are_refused(folder):

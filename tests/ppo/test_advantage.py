@@ -1,6 +1,7 @@
-"""GAE against the paper's double sum and hand values; rewards and whitening by property."""
+"""GAE against the paper's double sum and hand values; whitening and groups by definition."""
 
 import math
+import statistics
 
 import pytest
 import torch
@@ -8,7 +9,15 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from starling.ppo.advantage import estimate_advantages, shape_rewards, whiten
+from starling.ppo.advantage import (
+    estimate_advantages,
+    grpo_advantages,
+    rloo_advantages,
+    scale_keeping_mean,
+    shape_rewards,
+    spread_over_tokens,
+    whiten,
+)
 
 NUMBER = st.floats(-4, 4, width=32)
 MASKED = None
@@ -165,3 +174,118 @@ def test_whitening_by_hand_uses_the_population_variance_of_the_whole_batch():
     values = torch.tensor([[1.2, 1.3, 1.4], [1.5, 1.6, 1.7], [1.8, 1.9, 2.0]])
     whitened = whiten(values, torch.ones(3, 3, dtype=torch.bool))
     assert_close(whitened[0] + 1.6, torch.tensor([0.0508, 0.4381, 0.8254]), rtol=0, atol=5e-5)
+
+
+@pytest.mark.parametrize("num_masked", [1, 3])
+def test_masked_tokens_anywhere_leave_the_other_advantages_as_they_are(num_masked):
+    # training.md, item 27: an observation of n tokens between two turns of the same response.
+    rewards, values = torch.tensor([[0.1, -0.2, 1.0]]), torch.tensor([[0.3, 0.5, -0.4]])
+    plain = estimate_advantages(
+        rewards, values, torch.ones(1, 3, dtype=torch.bool), gamma=0.9, gae_lambda=0.8
+    )
+    for place in range(4):
+        apart = torch.full((1, num_masked), math.nan)
+        mask = torch.ones(1, 3 + num_masked, dtype=torch.bool)
+        mask[:, place : place + num_masked] = False
+        longer = estimate_advantages(
+            torch.cat([rewards[:, :place], apart, rewards[:, place:]], dim=1),
+            torch.cat([values[:, :place], apart, values[:, place:]], dim=1),
+            mask,
+            gamma=0.9,
+            gae_lambda=0.8,
+        )
+        assert longer.advantages[mask].tolist() == plain.advantages[0].tolist()
+        assert longer.returns[mask].tolist() == plain.returns[0].tolist()
+
+
+def test_advantages_stay_float32_and_do_not_learn_from_padding():
+    values = torch.zeros(1, 2, requires_grad=True)
+    mask = torch.tensor([[True, False]])
+    found = estimate_advantages(torch.ones(1, 2), values, mask, gamma=0.5, gae_lambda=0.5)
+    assert found.advantages.dtype == torch.float32
+    found.advantages.sum().backward()
+    assert values.grad.tolist() == [[-1.0, 0.0]]
+
+
+def test_scaled_rewards_keep_their_mean():
+    # training.md, item 23: the row that lm-human-preferences gives, not Bessel's .1394 .5046 .8697.
+    values = torch.tensor([[1.2, 1.3, 1.4], [1.5, 1.6, 1.7], [1.8, 1.9, 2.0]])
+    scaled = scale_keeping_mean(values, torch.ones(3, 3, dtype=torch.bool))
+    assert_close(scaled[0], torch.tensor([0.0508, 0.4381, 0.8254]), rtol=0, atol=5e-5)
+    assert scaled.mean().item() == pytest.approx(1.6, abs=1e-5)
+
+
+@given(rows=rows_with_gaps())
+def test_scaling_moves_nothing_but_the_spread_of_kept_numbers(rows):
+    _, values, mask = tensors(rows, filler=math.nan)
+    before = [number for row in kept(values, mask) for number in row]
+    mean = math.fsum(before) / len(before)
+    assume(statistics.pvariance(before) > 1e-3)
+    scaled = scale_keeping_mean(values, mask)
+    assert not scaled[~mask].any()
+    after = [number for row in kept(scaled, mask) for number in row]
+    expected = [mean + (number - mean) / statistics.pstdev(before) for number in before]
+    assert after == pytest.approx(expected, abs=1e-3)
+
+
+@st.composite
+def groups_of_rewards(draw):
+    """Rewards by prompt, two or more of each, and the order in which the rollouts stand."""
+    reward = st.floats(-8, 8, width=32)
+    groups = draw(st.lists(st.lists(reward, min_size=2, max_size=5), min_size=1, max_size=4))
+    places = [(g, i) for g, rewards in enumerate(groups) for i in range(len(rewards))]
+    return groups, draw(st.permutations(places))
+
+
+@given(drawn=groups_of_rewards())
+def test_rloo_is_the_reward_less_the_mean_of_the_others_of_its_prompt(drawn):
+    groups, places = drawn
+    found = rloo_advantages(
+        torch.tensor([groups[g][i] for g, i in places]),
+        torch.tensor([7 * g - 3 for g, _ in places]),
+    )
+    for (g, i), got in zip(places, found.tolist(), strict=True):
+        others = groups[g][:i] + groups[g][i + 1 :]
+        assert got == pytest.approx(groups[g][i] - math.fsum(others) / len(others), abs=1e-5)
+
+
+@given(drawn=groups_of_rewards())
+def test_grpo_is_the_reward_in_sample_deviations_of_its_prompt(drawn):
+    groups, places = drawn
+    found = grpo_advantages(
+        torch.tensor([groups[g][i] for g, i in places]),
+        torch.tensor([7 * g - 3 for g, _ in places]),
+    )
+    for (g, i), got in zip(places, found.tolist(), strict=True):
+        mean, deviation = statistics.fmean(groups[g]), statistics.stdev(groups[g])
+        expected = (groups[g][i] - mean) / (deviation + 1e-4)
+        # Gaps of 16 are rounded to 1e-6, which the division magnifies.
+        assert got == pytest.approx(expected, abs=1e-4 + 4e-6 / (deviation + 1e-4))
+
+
+def test_both_by_hand():
+    rewards, group = torch.tensor([1.0, 5.0, 2.0, 3.0, 6.0]), torch.tensor([0, 4, 0, 0, 4])
+    # 1 - 2.5, 2 - 2, 3 - 1.5; 5 - 6 and 6 - 5.
+    assert_close(rloo_advantages(rewards, group), torch.tensor([-1.5, -1.0, 0.0, 1.5, 1.0]))
+    # Deviations 1, and sqrt(1/2).
+    third = 0.5 / (math.sqrt(0.5) + 1e-4)
+    expected = torch.tensor([-1 / 1.0001, -third, 0.0, 1 / 1.0001, third])
+    assert_close(grpo_advantages(rewards, group), expected)
+
+
+@pytest.mark.parametrize("advantages", [rloo_advantages, grpo_advantages])
+def test_equal_rewards_of_a_prompt_are_worth_exactly_nothing(advantages):
+    rewards = torch.tensor([0.1, 0.1, 0.1, 7.3, 7.3, 7.3])
+    assert advantages(rewards, torch.tensor([0, 0, 0, 1, 1, 1])).tolist() == [0.0] * 6
+
+
+@pytest.mark.parametrize("advantages", [rloo_advantages, grpo_advantages])
+def test_a_response_with_nothing_to_be_compared_with_is_refused(advantages):
+    with pytest.raises(ValueError, match="group 5 has one response"):
+        advantages(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0, 5, 0]))
+
+
+def test_every_kept_token_gets_its_responses_advantage():
+    mask = torch.tensor([[True, True, False], [False, False, True]])
+    spread = spread_over_tokens(torch.tensor([1.5, -2.0]), mask)
+    assert spread.tolist() == [[1.5, 1.5, 0.0], [0.0, 0.0, -2.0]]

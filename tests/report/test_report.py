@@ -60,7 +60,7 @@ def summary() -> dict:
 
 def validation_rows(step: int) -> list[dict]:
     """Gold is 0 for an empty answer, and 1 for one that is right, kind, well formed and short."""
-    answers = {0: ("", ""), 10: (PERFECT, PERFECT), 20: (PERFECT, "")}
+    answers = {0: ("", "") * 4, 10: (PERFECT, PERFECT) * 4, 20: (PERFECT, "") * 4}
     return [
         {"id": f"v{row}", "category": "math", "answer": answer, "finished": True}
         | {"checks": {"contains_all": ["nine"]}, "kl": step / 10, "score": step / 20, "rating": 5.0}
@@ -381,6 +381,68 @@ def test_overoptimisation_is_said_where_it_happens(run: Path) -> None:
     assert "Step 10 of 20 was kept" in text
     assert "highest at step 10 (1.000)" in text
     assert "rises, from 0.50 to 1.00 at step 20, where gold is 0.500: over-optimisation" in text
+
+
+def change_scores(run: Path, step: int, scores: list[float]) -> None:
+    rows = validation_rows(step)
+    changed = [row | {"score": score} for row, score in zip(rows, scores, strict=True)]
+    write_rows(run / "ppo" / "validation" / f"step-{step:06d}.jsonl", changed)
+
+
+def test_a_rise_of_the_score_within_the_noise_of_the_prompts_is_none(run: Path) -> None:
+    said = "the reward-model score does not rise after it by more than the noise of these prompts"
+    # Rises of 0.009 each; then of +1 and -0.8 in turn, 0.1 in the mean: an interval around 0.
+    for scores in ([0.509] * 8, [1.5, -0.3] * 4):
+        change_scores(run, 20, scores)
+        text = Page(write_report(run)).text
+        assert said in text
+        assert ": over-optimisation" not in text
+    # The same mean rise is one where every prompt has it.
+    change_scores(run, 20, [0.6] * 8)
+    assert (
+        "rises, from 0.50 to 0.60 at step 20, where gold is 0.500: over-"
+        in Page(write_report(run)).text
+    )
+
+
+def test_the_score_of_prompts_that_differ_is_compared_prompt_by_prompt(run: Path) -> None:
+    # Apart by 20 among prompts, by 0.1 on each of them: the two intervals overlap almost whole.
+    for step, rise in ((10, 0.0), (20, 0.1)):
+        change_scores(run, step, [20.0 * (row % 2) + rise for row in range(8)])
+    assert "rises, from 10.00 to 10.10 at step 20" in Page(write_report(run)).text
+
+
+def test_gold_that_is_not_told_from_its_highest_is_no_overoptimisation(run: Path) -> None:
+    rows = validation_rows(20)
+    # One prompt of eight is worse, and a third of the resamples miss it: (7 / 8) ** 8 = 0.34.
+    kept = [row | {"answer": PERFECT if n else ""} for n, row in enumerate(rows)]
+    write_rows(run / "ppo" / "validation" / "step-000020.jsonl", kept)
+    text = Page(write_report(run)).text
+    assert "where gold is 0.875, which these prompts do not tell from its highest: no over-" in text
+
+
+def flag(step: int, guard: str, **rest: object) -> dict:
+    return {"step": step, "guard": guard} | rest | {"sentence": f"{guard}. {EVIL}"}
+
+
+def test_flags_have_a_row_a_guard_with_its_first_and_how_many_follow(run: Path) -> None:
+    assert "No guard was raised in 20 iterations." in Page(write_report(run)).text
+    rows = [
+        flag(5, "max_length_correlation", found=0.987654, limit=0.9),
+        flag(6, "max_length_correlation", found=0.99, limit=0.9),
+        flag(6, "finite"),
+        flag(9, "max_length_correlation", found=0.995, limit=0.9),
+    ]
+    for action, done in (("warn", "learned from"), ("skip", "left the batches out")):
+        write_rows(run / "ppo" / "flags.jsonl", [row | {"action": action} for row in rows])
+        page = Page(write_report(run))
+        assert done in page.text
+    first = ["max_length_correlation", "5|and 2 more, the last 9", "0.988", "0.9"]
+    second = ["finite", "6", "not finite", "none"]
+    named = [row for row in page.rows if row[0] in ("finite", "max_length_correlation")]
+    assert named == [[*row, f"{row[0]}. {EVIL}"] for row in (first, second)]
+    assert "4 flags in 20 iterations" in page.text
+    assert "No guard was raised" not in page.text
 
 
 def test_missing_files_are_said_to_be_missing(run: Path) -> None:

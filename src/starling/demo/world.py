@@ -1,5 +1,8 @@
 """Write the small offline world: sft conversations of mixed quality, prompts with checks, a bench.
 
+The sixth file has prompts with instructions about form instead of checks: an answer can keep to
+them or not, and none of them says what is right.  The policy never reads them.
+
 Every file is a function of the seed and of its own size, and no two files share a user's text.
 """
 
@@ -22,6 +25,9 @@ Row = dict[str, Any]
 ONE_TURN_SHARE = 0.5
 """How many of the sft conversations stop after their first answer."""
 
+INSTRUCTIONS = 4
+"""How many an instructed prompt has."""
+
 
 @dataclass(frozen=True)
 class Sizes:
@@ -32,6 +38,7 @@ class Sizes:
     prompts: int = 1440
     ppo: int = 1280
     sft: int = 6400
+    instructions: int = 96
 
 
 def say(turn: Turn, category: str, random: Random) -> str:
@@ -42,9 +49,10 @@ def say(turn: Turn, category: str, random: Random) -> str:
 
 
 def write_world(out: Path, *, seed: int, sizes: Sizes = Sizes()) -> None:
-    """Write bench, validation, prompts, ppo and sft `.jsonl` into `out`, the same bytes per seed.
+    """Write bench, validation, prompts, ppo, sft and instructions `.jsonl` into `out`.
 
-    A file does not change when a later one in this order gets another size.
+    The same seed gives the same bytes, and a file does not change when a later one in this order
+    gets another size.
     """
     seen: set[str] = set()
     for split, make_row, count in (
@@ -53,6 +61,7 @@ def write_world(out: Path, *, seed: int, sizes: Sizes = Sizes()) -> None:
         ("prompts", prompt, sizes.prompts),
         ("ppo", prompt, sizes.ppo),
         ("sft", conversation, sizes.sft),
+        ("instructions", instructed, sizes.instructions),
     ):
         random = Random(f"{seed}/{split}")
         tasks = unseen_tasks(count, random, seen)
@@ -99,6 +108,14 @@ def prompt(category: str, turns: tuple[Turn, Turn], number: int, random: Random)
     asked, before = turns[place], exchanges(turns[:place], category, random)
     messages = [*before, message("user", asked.user)]
     return {"source": ["demo"], "messages": messages, "checks": checks_of(asked)}
+
+
+def instructed(category: str, turns: tuple[Turn, Turn], number: int, random: Random) -> Row:
+    """The same with instructions for checks: the task's word limit and some of the world's."""
+    row = prompt(category, turns, number, random)
+    limit = {"kind": "max_words", "value": row.pop("checks")["max_words"]}
+    drawn = random.sample(WORLD["instructions"], INSTRUCTIONS - 1)
+    return row | {"instructions": [limit, *drawn]}
 
 
 def conversation(category: str, turns: tuple[Turn, Turn], _number: int, random: Random) -> Row:

@@ -3,6 +3,8 @@
 LoRA is peft's, put into the model in place, so that the model stays transformers' own class.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
@@ -105,3 +107,29 @@ def _add_adapters(model: PreTrainedModel, section: TrainSettings, seed: int) -> 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         inject_adapter_in_model(config, model)
+
+
+@contextmanager
+def without_adapters(model: nn.Module) -> Iterator[None]:
+    """The model as it was before LoRA, for the time being; nothing changes where it has none."""
+    adapted: list[Any] = [module for module in model.modules() if hasattr(module, "lora_A")]
+    for module in adapted:
+        module.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for module in adapted:
+            module.enable_adapters(True)
+
+
+def untie(model: PreTrainedModel) -> None:
+    """Give the head weights of its own, in place; nothing changes where it has them.
+
+    A head that learns and is the embeddings too would move what a frozen trunk reads.
+    """
+    head: Any = model.get_output_embeddings()
+    embeddings: Any = model.get_input_embeddings()
+    if head.weight is embeddings.weight:
+        head.weight = nn.Parameter(embeddings.weight.detach().clone())
+        config: Any = model.config
+        config.tie_word_embeddings = False

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoModelForCausalLM,
@@ -31,8 +31,8 @@ from starling.data.chat import ChatCodec, build_codec, jinja_template
 from starling.data.tokenizer import TextTokenizer, save_tokenizer
 from starling.models.loading import load_codec, load_config, load_weights
 
-# Rows of logits held at once: the full vocabulary of a whole batch never is.
-LOGIT_ROWS = 4096
+# Logits held at once, 256 MiB of them: the full vocabulary of a whole batch never is.
+MOST_LOGITS = 2**26
 
 # Padded tokens per forward; changes memory and speed, not the result.  A core is busy with few, and
 # few similar lengths carry little padding; a GPU wants many.
@@ -100,26 +100,66 @@ def token_logprobs(
 ) -> Float[Tensor, "B T"]:
     """Log-probability (nats, float32) of each kept token given what stands before it; 0 elsewhere.
 
-    Logits are divided by `temperature`, as they were when the tokens were sampled.  They are made
-    in chunks and at kept positions only.
+    Logits are divided by `temperature`, as they were when the tokens were sampled.
     """
     states = predicting_states(hidden)[response_mask]  # [N, D]
-    targets = token_ids[response_mask]  # [N]
     head: Any = model.get_output_embeddings()
+    found = state_logprobs(head, states, token_ids[response_mask], temperature=temperature)
+    result = torch.zeros(token_ids.shape, dtype=torch.float32, device=token_ids.device)
+    return result.masked_scatter(response_mask, found)
+
+
+def state_logprobs(
+    head: nn.Module,
+    states: Float[Tensor, "N D"],
+    targets: Int[Tensor, " N"],
+    *,
+    temperature: float = 1.0,
+) -> Float[Tensor, " N"]:
+    """Log-probability (nats, float32) of each target under the state that predicts it.
+
+    Logits are made in chunks.  Where one chunk is not enough, each is made again for the backward
+    pass, so that no more than one is ever held.
+    """
 
     def chunk_logprobs(chunk: Tensor, wanted: Tensor) -> Tensor:
-        logits = head(chunk).float() / temperature
-        return torch.log_softmax(logits, dim=-1).gather(1, wanted[:, None])[:, 0]
+        return _ChosenLogprobs.apply(head(chunk), wanted, temperature)
 
+    weight: Any = head.weight
+    rows = max(1, MOST_LOGITS // weight.shape[0])
     chunks = []
-    for start in range(0, len(targets), LOGIT_ROWS):
-        pieces = states[start : start + LOGIT_ROWS], targets[start : start + LOGIT_ROWS]
-        if len(targets) > LOGIT_ROWS and torch.is_grad_enabled():
+    for start in range(0, len(targets), rows):
+        pieces = states[start : start + rows], targets[start : start + rows]
+        if len(targets) > rows and torch.is_grad_enabled():
             chunks.append(checkpoint(chunk_logprobs, *pieces, use_reentrant=False))
         else:
             chunks.append(chunk_logprobs(*pieces))
-    result = torch.zeros(token_ids.shape, dtype=torch.float32, device=token_ids.device)
-    return result.masked_scatter(response_mask, torch.cat(chunks)) if chunks else result
+    return torch.cat(chunks) if chunks else states.new_zeros(0, dtype=torch.float32)
+
+
+class _ChosenLogprobs(torch.autograd.Function):
+    """log softmax(logits / temperature) at one target a row, in float32.
+
+    Autograd's own would keep and pass over the vocabulary four times more.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, temperature: float) -> Tensor:
+        scaled = logits.float() if temperature == 1 else logits.float() / temperature
+        total = scaled.logsumexp(dim=-1)
+        ctx.save_for_backward(logits, targets, total)
+        ctx.temperature = temperature
+        return scaled.gather(1, targets[:, None])[:, 0] - total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        logits, targets, total = ctx.saved_tensors
+        inner = torch.div(logits.float(), ctx.temperature).sub_(total[:, None]).exp_()
+        # d/dz of z_target - logsumexp(z) is onehot - softmax.
+        scale = gradients[0] / ctx.temperature
+        inner.mul_(-scale[:, None])
+        inner.scatter_add_(1, targets[:, None], scale[:, None])
+        return inner.to(logits.dtype), None, None
 
 
 def new_language_model(

@@ -28,6 +28,7 @@ from transformers import (
 )
 
 from starling.base.errors import ModelError
+from starling.models.packing import is_inert
 
 Rows = Int[Tensor, " N"]
 Linear = Callable[[Tensor], Tensor]
@@ -160,7 +161,7 @@ class LlamaDecoder(PlainDecoder):
             getattr(rotary, "rope_type", None) in STATIC_ROTARY
             and base.config.hidden_act == "silu"
             and all(type(leaf) in plain or leaf is rotary for leaf in leaves)
-            and not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+            and all(is_inert(hook) for m in model.modules() for hook in _hooks(m))
         )
 
     def refresh(self) -> None:
@@ -244,6 +245,10 @@ class LlamaDecoder(PlainDecoder):
             mixed = _attend(query, keys[:count], values[:count], mask, layer.scale)
             hidden = layer.outputs(hidden, mixed.reshape(count, -1))
         return self._head(_rms_norm(hidden, self.base.norm))
+
+
+def _hooks(module: nn.Module) -> list[object]:
+    return [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
 
 
 class _Layer:

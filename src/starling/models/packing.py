@@ -55,6 +55,8 @@ class PackedRow:
 
     prompt: tuple[int, ...]
     answers: tuple[tuple[int, ...], ...] = ()
+    read_from: int | None = None
+    """Where `packed_reads` begins in the prompt; it goes on through the answers."""
 
     def __post_init__(self) -> None:
         if not (self.prompt or self.answers) or not all(self.answers):
@@ -98,6 +100,7 @@ class _Row:
     """The shape of a row; places count from its first answer's first token."""
 
     prompt: int
+    read_from: int
     lengths: tuple[int, ...]
     ends: Tensor  # [K]
     padded: Tensor | None  # [K, R] places, where padding repeats the first; None: equally long
@@ -113,6 +116,7 @@ class _Row:
         is_ragged = not bool(inside.all())
         return _Row(
             len(row.prompt),
+            len(row.prompt) if row.read_from is None else row.read_from,
             lengths,
             (sizes.cumsum(0) - 1).to(device),
             padded.to(device) if is_ragged else None,
@@ -127,18 +131,25 @@ class _Layout:
     rows: tuple[_Row, ...]
     tags: Tensor  # [2, T] row and answer of each token, answer -1 in prompts
     depths: Tensor  # [T]
-    ends: Tensor | None = None  # [A] when nothing else is read from the last layer
+    reads: Tensor | None = None  # [U] when nothing else is read from the last layer
+    are_ends: bool = False  # they are the answers' ends; else prompts from `read_from`, and answers
     masks: dict[Any, Any] = field(default_factory=dict)  # those made so far
 
 
 class Packed:
-    """Rows as one flat sequence: ids and positions [1, T], and each answer's last place [A]."""
+    """Rows as one flat sequence: ids and positions [1, T], and places in it.
+
+    `ends` [A] are each answer's last; `reads` [U] the prompts' from `read_from` on, and the answers'.
+    """
 
     def __init__(self, rows: Sequence[PackedRow], device: str | torch.device = "cpu") -> None:
         token_ids: list[int] = []
         tags: list[tuple[int, int, int]] = []
         ends: list[int] = []
+        reads: list[int] = []
         for number, row in enumerate(rows):
+            begin = len(row.prompt) if row.read_from is None else row.read_from
+            reads += range(len(token_ids) + begin, len(token_ids) + row.num_tokens)
             for answer, ids in enumerate([row.prompt, *row.answers], start=-1):
                 start = 0 if answer < 0 else len(row.prompt)
                 token_ids += ids
@@ -148,6 +159,7 @@ class Packed:
         self.token_ids = torch.tensor([token_ids], device=device)
         self.positions = tensors[2:]
         self.ends = torch.tensor(ends, dtype=torch.long, device=device)
+        self.reads = torch.tensor(reads, dtype=torch.long, device=device)
         shapes = tuple(_Row.of(row, device) for row in rows)
         self.layout = _Layout(shapes, tensors[:2], tensors[2])
 
@@ -158,7 +170,7 @@ def packed_states(model: PreTrainedModel, packed: Packed) -> Float[Tensor, "T D"
     The model keeps our attention from then on, because gradient checkpointing runs it again during
     the backward pass; called without a layout, that is transformers' own `sdpa`.
     """
-    return _run(model, packed, packed.layout)
+    return run_packed(prepared(model), packed, packed.layout)
 
 
 def packed_ends(model: PreTrainedModel, packed: Packed) -> Float[Tensor, "A D"]:
@@ -167,21 +179,41 @@ def packed_ends(model: PreTrainedModel, packed: Packed) -> Float[Tensor, "A D"]:
     It still makes every token's key and value; its queries and its feed-forward are needed at the
     ends only.  A quarter faster with four layers.
     """
-    layout = replace(packed.layout, ends=packed.ends)
-    return _run(model, packed, layout)[packed.ends]
+    layout = replace(packed.layout, reads=packed.ends, are_ends=True)
+    return run_packed(prepared(model), packed, layout)[packed.ends]
 
 
-def _run(model: PreTrainedModel, packed: Packed, layout: _Layout) -> Tensor:
+def packed_reads(
+    backbone: nn.Module, packed: Packed, states: Float[Tensor, "T D"] | None = None
+) -> Float[Tensor, "U D"]:
+    """Final states at `packed.reads` alone, likewise; `prepared` made the backbone ready.
+
+    With `states` the backbone's layers go on from these, and read no ids.
+    """
+    layout = replace(packed.layout, reads=packed.reads)
+    return run_packed(backbone, packed, layout, states)[packed.reads]
+
+
+def prepared(model: PreTrainedModel) -> nn.Module:
+    """The model's backbone with our attention; raises ModelError for one that cannot have it."""
     backbone: Any = model.get_decoder()
     if backbone.config._attn_implementation != NAME:
         if reason := why_not_packed(model):
             raise ModelError(f"{type(model).__name__} cannot be packed: {reason}")
         backbone.config._attn_implementation = NAME
         _narrow_last_layer(backbone)
+    return backbone
+
+
+def run_packed(
+    backbone: nn.Module, packed: Packed, layout: "_Layout", states: Tensor | None = None
+) -> Float[Tensor, "T D"]:
+    """What the backbone's layers and norm make of the ids, or of `states` in their place."""
     # Four dimensions: transformers builds no mask.  Empty: any attention but ours would refuse it.
     no_mask = torch.empty(1, 1, 0, 0, device=packed.token_ids.device)
+    given = {"input_ids": packed.token_ids} if states is None else {"inputs_embeds": states[None]}
     return backbone(
-        input_ids=packed.token_ids,
+        **given,
         position_ids=packed.positions,
         attention_mask=no_mask,
         use_cache=False,
@@ -236,7 +268,7 @@ def depends_on_longest(config: Any) -> bool:
 class _Last(local):
     """Where the last layer, now running, is read; None: everywhere."""
 
-    ends: Tensor | None = None
+    reads: Tensor | None = None
     num_tokens = 0
 
 
@@ -244,7 +276,7 @@ _LAST = _Last()
 
 
 def _narrow_last_layer(backbone: Any) -> None:
-    """Let what is not attention run at the ends alone, in models that name their parts as most do.
+    """Let what is not attention run where it is read, in models that name their parts as most do.
 
     By hooks, which hold for gradient checkpointing's second run as well: the layout reaches
     attention only, which notes it for the rest of its layer.
@@ -262,25 +294,30 @@ def _narrow_last_layer(backbone: Any) -> None:
             part.register_forward_hook(_widen)
 
 
+def is_inert(hook: object) -> bool:
+    """Whether a hook is ours, which do nothing in a model that runs without a layout."""
+    return hook in (_enter, _narrow, _widen)
+
+
 def _is_narrowed(attention: nn.Module) -> bool:
     return _enter in attention._forward_pre_hooks.values()
 
 
 def _enter(_module: nn.Module, _arguments: Any, keywords: dict[str, Any]) -> None:
     layout: _Layout | None = keywords.get("packed_layout")
-    _LAST.ends = None if layout is None else layout.ends
+    _LAST.reads = None if layout is None else layout.reads
     _LAST.num_tokens = 0 if layout is None else len(layout.depths)
 
 
 def _narrow(_module: nn.Module, arguments: tuple[Tensor]) -> tuple[Tensor]:
-    return arguments if _LAST.ends is None else (arguments[0][:, _LAST.ends],)
+    return arguments if _LAST.reads is None else (arguments[0][:, _LAST.reads],)
 
 
 def _widen(_module: nn.Module, _arguments: Any, output: Tensor) -> Tensor:
-    if _LAST.ends is None:
+    if _LAST.reads is None:
         return output
     whole = output.new_zeros(1, _LAST.num_tokens, output.shape[2])
-    return whole.index_copy(1, _LAST.ends, output)
+    return whole.index_copy(1, _LAST.reads, output)
 
 
 def _attention(
@@ -306,32 +343,32 @@ def _attention(
         found = _compiled_flex_attention()(query, key, value, block_mask=mask, **options)
         return found.transpose(1, 2), None
     options["dropout_p"] = settings.get("dropout", 0.0)
-    ends = packed_layout.ends if _is_narrowed(module) else None
+    reads = packed_layout.reads if _is_narrowed(module) else None
+    at_ends = reads is not None and packed_layout.are_ends
     # Split once: the gradient of a slice would be as long as the sequence, for every row.
     sizes = [size for row in packed_layout.rows for size in (row.prompt, sum(row.lengths))]
     pieces = list(zip(*(tensor.split(sizes, 2) for tensor in (query, key, value)), strict=True))
     parts = []  # [tokens, H, d] each
     for row, prompt, answers in zip(packed_layout.rows, pieces[::2], pieces[1::2], strict=True):
-        if ends is None:
-            mask = _mask(packed_layout, row, "prompt", window)
-            parts.append(_attend(prompt, mask, options)[0])
+        begin = 0 if reads is None else row.read_from
+        if begin < row.prompt and not at_ends:
+            mask = _mask(packed_layout, row, "prompt", window, begin)
+            parts.append(_attend((prompt[0][:, :, begin:], *prompt[1:]), mask, options)[0])
         if row.lengths:
             mine = (
-                _padded(answers[0], row)
-                if ends is None
-                else answers[0][:, :, row.ends].transpose(0, 2)
+                answers[0][:, :, row.ends].transpose(0, 2) if at_ends else _padded(answers[0], row)
             )
             seen = [
                 torch.cat([shared.expand(len(row.lengths), -1, -1, -1), _padded(own, row)], dim=2)
                 for shared, own in zip(prompt[1:], answers[1:], strict=True)
             ]
-            mask = _mask(packed_layout, row, "answers" if ends is None else "ends", window)
+            mask = _mask(packed_layout, row, "ends" if at_ends else "answers", window)
             found = _attend([mine, *seen], mask, options)
-            is_ragged = ends is None and row.padded is not None
+            is_ragged = not at_ends and row.padded is not None
             parts.append(found[row.inside] if is_ragged else found.flatten(0, 1))
     found = torch.cat(parts)[None]
-    if ends is not None:
-        found = found.new_zeros(1, query.shape[2], *found.shape[2:]).index_copy(1, ends, found)
+    if reads is not None:
+        found = found.new_zeros(1, query.shape[2], *found.shape[2:]).index_copy(1, reads, found)
     return found, None
 
 
@@ -355,14 +392,14 @@ def _padded(tensor: Tensor, row: _Row) -> Tensor:
 
 
 def _mask(
-    layout: _Layout, row: _Row, queries: str, window: int | None
+    layout: _Layout, row: _Row, queries: str, window: int | None, begin: int = 0
 ) -> Bool[Tensor, "..."] | None:
     """Which keys each query sees, by how far back they stand; None: all up to itself."""
-    place = (id(row), queries, window)
+    place = (id(row), queries, window, begin)
     if place not in layout.masks:
         keys = torch.arange(row.prompt + (0 if queries == "prompt" else row.inside.shape[1]))
         depths = {
-            "prompt": keys,
+            "prompt": keys[begin:],
             "answers": keys[row.prompt :],
             "ends": row.prompt + torch.tensor(row.lengths)[:, None, None] - 1,
         }[queries]

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
@@ -32,7 +33,7 @@ class Forward:
     """Calls `function(model, *arguments)` with the model's weights at hand; made by `parallel`."""
 
     def __init__(
-        self, function: Callable[..., Tensor], model: PreTrainedModel, context: Context
+        self, function: Callable[..., Any], model: PreTrainedModel, context: Context
     ) -> None:
         self._model = model
         self._function = function
@@ -40,7 +41,7 @@ class Forward:
         self._twin = _twin(model)
         self.is_bfloat16 = False
 
-    def __call__(self, *arguments: Any) -> Tensor:
+    def __call__(self, *arguments: Any) -> Any:
         kind = self._context.device.partition(":")[0]
         with torch.autocast(kind, dtype=torch.bfloat16, enabled=self.is_bfloat16):
             return self._function(*arguments)
@@ -54,9 +55,7 @@ class Forward:
         weights = gathered(self._model.state_dict(), self._context)
         if self._context.rank != 0:
             return None
-        model = copy.deepcopy(self._twin)
-        model.load_state_dict(weights, assign=True)
-        model.tie_weights()
+        model = self._filled(weights)
         try:
             model.to(self._context.device)  # pyright: ignore[reportArgumentType]
         except torch.OutOfMemoryError:
@@ -64,32 +63,56 @@ class Forward:
             model.cpu()
         return merged(model)
 
+    def whole_everywhere(self) -> PreTrainedModel:
+        """The same in every process, on its own device."""
+        named = self._model.state_dict().items()
+        return merged(
+            self._filled(
+                {
+                    name: tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+                    for name, tensor in named
+                }
+            )
+        )
+
+    def _filled(self, weights: dict[str, Tensor]) -> PreTrainedModel:
+        model = copy.deepcopy(self._twin)
+        model.load_state_dict(weights, assign=True)
+        model.tie_weights()
+        return model
+
 
 def parallel(
     model: PreTrainedModel,
-    function: Callable[..., Tensor],
+    function: Callable[..., Any],
     context: Context,
     *,
+    beside: nn.Module | None = None,
     precision: str = "float32",
     gradient_checkpointing: bool = False,
 ) -> Forward:
     """`function(model, ...)` for this number of processes; make the optimizer after this.
 
     With bfloat16, products are computed in it; weights, optimizer and loss stay float32.  The model
-    takes no call but through the result: several processes have its weights only inside one.
+    takes no call but through the result: several processes have its weights only inside one.  What
+    else the function computes with, and learns, is `beside`: a critic.
     """
     forward = Forward(function, model, context)
     forward.is_bfloat16 = precision == "bfloat16"
+    parts = (
+        [] if beside is None else [m for m in beside.modules() if isinstance(m, PreTrainedModel)]
+    )
+    blocks = [block for part in (model, *parts) for block in blocks_of(part)]
     if gradient_checkpointing:
-        for block in blocks_of(model):
+        for block in blocks:
             _recompute_activations(block)
-    root = _Root(model, function)
+    root = _Root(model, function, beside)
     if context.world_size > 1:
         mesh = init_device_mesh(context.device.partition(":")[0], (context.world_size,))
         # Only the blocks' weights travel as bfloat16; what stands between them stays float32.
         travel = torch.bfloat16 if forward.is_bfloat16 else None
         policy = MixedPrecisionPolicy(travel, reduce_dtype=torch.float32, cast_forward_inputs=False)
-        for block in blocks_of(model):
+        for block in blocks:
             fully_shard(block, mesh=mesh, mp_policy=policy)
         fully_shard(root, mesh=mesh)
     forward._function = root
@@ -99,12 +122,15 @@ def parallel(
 class _Root(nn.Module):
     """Holds the model, so that its embeddings, norm and head are whole while the function runs."""
 
-    def __init__(self, model: PreTrainedModel, function: Callable[..., Tensor]) -> None:
+    def __init__(
+        self, model: PreTrainedModel, function: Callable[..., Any], beside: nn.Module | None
+    ) -> None:
         super().__init__()
         self.model = model
+        self.beside = beside
         self.function = function
 
-    def forward(self, *arguments: Any) -> Tensor:
+    def forward(self, *arguments: Any) -> Any:
         return self.function(self.model, *arguments)
 
 
@@ -119,6 +145,23 @@ def share_batches(
     share = batches[context.rank :: context.world_size]
     missing = -(-len(batches) // context.world_size) - len(share)
     return [(batch, True) for batch in share] + [(batches[-1], False)] * missing
+
+
+def filled_up(
+    batches: Sequence[Sequence[T]], context: Context, *, filler: Sequence[T]
+) -> list[tuple[Sequence[T], bool]]:
+    """A process's own micro-batches, and fillers (False) until it has as many as any other."""
+    missing = context.most(len(batches)) - len(batches)
+    return [(batch, True) for batch in batches] + [(filler, False)] * missing
+
+
+def from_everyone(value: T, context: Context) -> list[T]:
+    """Every process's value, in the order of ranks; all of them have to ask."""
+    if context.world_size == 1:
+        return [value]
+    found: list[Any] = [None] * context.world_size
+    dist.all_gather_object(found, value)
+    return found
 
 
 def summed(value: Tensor, context: Context) -> Tensor:

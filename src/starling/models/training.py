@@ -63,7 +63,9 @@ class Trainable:
     optimizer: torch.optim.Optimizer
     lr: float
     schedule: Schedule
-    max_grad_norm: float
+    max_grad_norm: float | None
+    tensorflow_eps: float | None = None
+    """Adam's epsilon where it stands beside the uncorrected root of the second moment."""
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -75,7 +77,8 @@ class Trainable:
 
         Raises InputError for a norm that is not finite, before any weight has moved.
         """
-        total = torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
+        limit = math.inf if self.max_grad_norm is None else self.max_grad_norm
+        total = torch.nn.utils.clip_grad_norm_(self.parameters, limit)
         norm = float(total.full_tensor() if isinstance(total, DTensor) else total)
         if not math.isfinite(norm):
             raise InputError(
@@ -84,9 +87,21 @@ class Trainable:
             )
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * self.schedule(step)
+            if self.tensorflow_eps is not None:
+                group["eps"] = self._eps(group)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norm
+
+    def _eps(self, group: Mapping[str, Any]) -> float:
+        """TensorFlow divides by sqrt(v) + eps, PyTorch by sqrt(v / (1 - beta2^t)) + eps.
+
+        The first is what Ziegler's code learned with: early steps are far smaller where gradients
+        are, https://huggingface.co/blog/the_n_implementation_details_of_rlhf_with_ppo.
+        """
+        taken = [int(state["step"]) for state in self.optimizer.state.values() if state]
+        assert self.tensorflow_eps is not None
+        return self.tensorflow_eps / math.sqrt(1 - group["betas"][1] ** (max(taken, default=0) + 1))
 
 
 @runtime_checkable
@@ -95,7 +110,9 @@ class AdamSettings(Protocol):
 
     lr: float
     weight_decay: float
-    max_grad_norm: float
+
+    @property
+    def max_grad_norm(self) -> float | None: ...
 
 
 def adamw(

@@ -3,42 +3,60 @@
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple, TypeVar
 
+from starling.base.context import Context
 from starling.base.errors import DataError
 from starling.base.seeding import permutation
 from starling.data.chat import ChatCodec
 from starling.data.records import Prompt
 from starling.data.rows import read_rows
+from starling.judging.instructions import InstructedPrompt
 from starling.models.local import trim_turns
 from starling.ppo.config import PpoInputs, PpoSection
 
 logger = logging.getLogger(__name__)
 
+SomePrompt = TypeVar("SomePrompt", bound=Prompt)
+
+
+class HeldOut(NamedTuple):
+    """What checkpoints are selected on."""
+
+    prompts: tuple[Prompt, ...]
+    instructed: tuple[InstructedPrompt, ...]
+    """Prompts with verifiable instructions; none where the recipe names no file."""
+
 
 def load_prompts(
-    section: PpoSection, inputs: PpoInputs, codec: ChatCodec, out: Path, *, seed: int
-) -> tuple[list[Prompt], tuple[Prompt, ...]]:
-    """Training and validation prompts, trimmed to `max_prompt_tokens`; no prompt is in both.
+    section: PpoSection, inputs: PpoInputs, codec: ChatCodec, out: Path, context: Context
+) -> tuple[list[Prompt], HeldOut]:
+    """Training prompts and held-out ones, trimmed to `max_prompt_tokens`; no prompt is in both.
 
     Without a validation file, `validation_prompts` of the prompts are drawn by the seed and kept
     apart.  Raises DataError when too few are left.
     """
-    quarantine = out / "quarantine.jsonl"
+    quarantine = context.own_path(out / "quarantine.jsonl")
     prompts = read_rows(inputs.prompts, Prompt, quarantine=quarantine)
     prompts = _fitting(prompts, section, codec, inputs.prompts)
     if inputs.validation is None:
         candidates = _distinct(prompts)
-        order = permutation(len(candidates), seed, "ppo/validation", 0)
+        order = permutation(len(candidates), context.seed, "ppo/validation", 0)
         apart = set(order[: section.validation_prompts])
         held_out = [prompt for i, prompt in enumerate(candidates) if i in apart]
     else:
         held_out = read_rows(inputs.validation, Prompt, quarantine=quarantine)
         held_out = held_out[: section.validation_prompts]
         held_out = _distinct(_fitting(held_out, section, codec, inputs.validation))
+    instructed: list[InstructedPrompt] = []
+    if inputs.instructions is not None:
+        instructed = read_rows(inputs.instructions, InstructedPrompt, quarantine=quarantine)
+        instructed = _fitting(instructed, section, codec, inputs.instructions)
     # Compared as they were trimmed: prompts that differ only in what is cut are the same here.
-    validated = {prompt.messages for prompt in held_out}
-    training = [prompt for prompt in prompts if prompt.messages not in validated]
-    if not training or len(held_out) < 2:
+    apart_from = {prompt.messages for prompt in (*held_out, *instructed)}
+    training = [prompt for prompt in prompts if prompt.messages not in apart_from]
+    fewest = max(2, context.world_size)
+    if not training or len(held_out) < fewest:
         raise DataError(
             f"{inputs.prompts}: {len(training)} training and {len(held_out)} validation prompts "
             "are left; give more prompts, or lower ppo.validation_prompts"
@@ -47,7 +65,7 @@ def load_prompts(
     twice = next((name for name in ids if ids.count(name) > 1), None)
     if twice is not None:
         raise DataError(f"two validation prompts share the id {twice!r}; give each its own")
-    return training, tuple(held_out)
+    return training, HeldOut(tuple(held_out), tuple(instructed))
 
 
 def _distinct(prompts: Sequence[Prompt]) -> list[Prompt]:
@@ -57,8 +75,8 @@ def _distinct(prompts: Sequence[Prompt]) -> list[Prompt]:
 
 
 def _fitting(
-    prompts: Sequence[Prompt], section: PpoSection, codec: ChatCodec, path: Path
-) -> list[Prompt]:
+    prompts: Sequence[SomePrompt], section: PpoSection, codec: ChatCodec, path: Path
+) -> list[SomePrompt]:
     limit = section.max_prompt_tokens
     fitting = []
     for prompt in prompts:

@@ -1,73 +1,249 @@
 """Collect responses and everything about them that stays fixed while PPO learns from them.
 
-Shapes: B rollouts, T token positions (prompt and response).  Masks: True = keep.
+Every process samples, scores and evaluates the responses to its own prompts, and then all have all
+rows; of a frozen trunk's states each keeps those of its own rows, which it alone will compute.
+
+Shapes: B rollouts, T response tokens (padded on the right).  Masks: True = keep.
 """
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
-from transformers import PreTrainedModel
 
+from starling.base.context import Context
 from starling.data.chat import ChatCodec
 from starling.data.records import Message, Prompt
-from starling.models.causal_lm import Batch, padded_mask
+from starling.models.causal_lm import padded_mask
 from starling.models.interfaces import Engine, GenerationRequest, Sample, Sampling
-from starling.models.reward_model import RewardModel, Scored
-from starling.ppo.actor_critic import ActorCritic, reference_logprobs
+from starling.models.parallel import Forward, filled_up, from_everyone
+from starling.models.reward_model import Scored
+from starling.models.trunk import Trunk, TrunkStates
+from starling.ppo.actor_critic import Actors
+from starling.ppo.bundles import Bundle, Ids, Reading, bundle, bundle_batches
 from starling.ppo.config import PpoSection
+from starling.ppo.scorer import Scorer
+
+PerToken = Float[Tensor, "B T"]
 
 
-@dataclass(frozen=True)
-class Samples:
-    """Sampled responses with their prompts: tokens, masks and texts.
+class Row(NamedTuple):
+    """One response with all that is known of it: plain values, which processes exchange."""
 
-    Example: prompt ids [1, 7], response ids [9, 3] (3 ends the turn) give token_ids [1, 7, 9, 3]
-    and response_mask [False, False, True, True].
-    """
-
-    token_ids: Int[Tensor, "B T"]
-    response_mask: Bool[Tensor, "B T"]
-    sampler_logprobs: Float[Tensor, "B T"]
-    prompts: tuple[Prompt, ...]
-    texts: tuple[str, ...]
-    is_finished: tuple[bool, ...]
-
-    @property
-    def response_tokens(self) -> Float[Tensor, " B"]:
-        """Length of each response, its end marker included."""
-        return self.response_mask.sum(dim=1).float()
+    prompt_ids: Ids
+    response_ids: Ids
+    sampler_logprobs: tuple[float, ...]
+    text: str
+    is_finished: bool
+    scores: tuple[float, ...]
+    """Combined, then each reward model's."""
+    old_logprobs: tuple[float, ...] = ()
+    ref_logprobs: tuple[float, ...] = ()
+    old_values: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """One iteration's frozen data.  `scores` [B]; everything else is per token [B, T]."""
+    """One iteration's frozen data, the same in every process but for `trunk` and `own`.
 
-    token_ids: Int[Tensor, "B T"]
-    response_mask: Bool[Tensor, "B T"]
+    Row i answers `prompts[i]`; rows with one `group` number answer the same prompt.
+    """
+
+    prompts: tuple[Prompt, ...]
+    prompt_ids: tuple[Ids, ...]
+    response_ids: tuple[Ids, ...]
+    texts: tuple[str, ...]
+    is_finished: Bool[Tensor, " B"]
+    group: Tensor  # [B] int
     scores: Float[Tensor, " B"]
-    old_logprobs: Float[Tensor, "B T"]
-    ref_logprobs: Float[Tensor, "B T"]
-    old_values: Float[Tensor, "B T"]
+    each_score: Float[Tensor, "M B"]
+    response_mask: Bool[Tensor, "B T"]
+    sampler_logprobs: PerToken
+    old_logprobs: PerToken
+    ref_logprobs: PerToken
+    old_values: PerToken
+    own: tuple[int, ...]
+    """Rows that this process computes."""
+    trunk: Mapping[Ids | int, TrunkStates] = field(default_factory=dict)
+    """States by prompt, and by row of its response; empty where nothing is reused."""
 
     @property
-    def lengths(self) -> list[int]:
-        """Tokens of each row, prompt and response: a row ends with its response."""
-        positions = torch.arange(1, self.response_mask.shape[1] + 1, device=self.scores.device)
-        return torch.where(self.response_mask, positions, 0).amax(dim=1).tolist()
+    def response_tokens(self) -> Tensor:
+        """Length of each response [B], its end marker included."""
+        return self.response_mask.sum(dim=1)
 
-    def rows(self, indices: Sequence[int]) -> "Rollout":
-        """These rows only, in this order, without the columns that none of them uses."""
-        lengths = self.lengths
-        width = max(lengths[i] for i in indices)
-        index = torch.tensor(indices, device=self.scores.device)
-        columns: dict[str, Any] = {
-            f.name: getattr(self, f.name)[index, :width] for f in fields(self) if f.name != "scores"
+    def bundles(self, rows: Sequence[int], *, most: int | None) -> list[Bundle]:
+        """These rows, those of one prompt together."""
+        return bundle(self.prompt_ids, self.response_ids, rows, most=most)
+
+    def trunk_states(self, trunk: Trunk | None, bundles: Sequence[Bundle]) -> Tensor | None:
+        """What the trunk made of these bundles [T, D], as they stand in a forward."""
+        if trunk is None:
+            return None
+        parts = [key for each in bundles for key in (each.prompt, *each.rows)]
+        return trunk.joined([self.trunk[key] for key in parts])
+
+
+class Sampled(NamedTuple):
+    """What an engine wrote."""
+
+    prompt_ids: Ids
+    sample: Sample
+    text: str
+
+
+@dataclass(frozen=True)
+class Collector:
+    """Everything that a rollout is made with; the weights inside change as the policy learns."""
+
+    engine: Engine
+    codec: ChatCodec
+    scorer: Scorer
+    actors: Actors
+    forward: Forward
+    section: PpoSection
+    context: Context
+
+    def collect(self, prompts: Sequence[Prompt], samplings: Sequence[Sampling]) -> Rollout:
+        """One response for each prompt (neighbours may be equal), in the prompts' order."""
+        context = self.context
+        group = _groups(prompts)
+        own = [
+            row for row in range(len(prompts)) if group[row] % context.world_size == context.rank
+        ]
+        sampled = sample_responses(
+            self.engine, self.codec, [prompts[row] for row in own], [samplings[row] for row in own]
+        )
+        rows = self._score([prompts[row] for row in own], sampled)
+        rows, trunk = self._evaluate(rows, own)
+        by_place = {
+            place: row
+            for part in from_everyone(list(zip(own, rows, strict=True)), context)
+            for place, row in part
         }
-        return replace(self, scores=self.scores[index], **columns)
+        ordered = [by_place[place] for place in range(len(prompts))]
+        return rollout_of(prompts, group, ordered, own=own, trunk=trunk, device=context.device)
+
+    def _score(self, prompts: Sequence[Prompt], sampled: Sequence[Sampled]) -> list[Row]:
+        """Scores of the responses, re-rendered from text in each reward model's own format."""
+        found = self.scorer.score(
+            [
+                Scored(
+                    (*prompt.messages, Message(role="assistant", content=each.text)),
+                    prompt.mode,
+                    each.sample.finish_reason == "stop",
+                )
+                for prompt, each in zip(prompts, sampled, strict=True)
+            ]
+        )
+        scores = torch.stack([found.combined, *found.each]).T.tolist()
+        return [
+            Row(
+                each.prompt_ids,
+                each.sample.ids,
+                each.sample.logprobs,
+                each.text,
+                each.sample.finish_reason == "stop",
+                tuple(score),
+            )
+            for each, score in zip(sampled, scores, strict=True)
+        ]
+
+    @torch.no_grad()
+    def _evaluate(
+        self, rows: Sequence[Row], places: Sequence[int]
+    ) -> tuple[list[Row], dict[Ids | int, TrunkStates]]:
+        """Add the trainer's own logprobs, the reference's, and the values of response tokens."""
+        section, device = self.section, self.context.device
+        trunk, kept = self.actors.actor_critic.trunk, {}
+        bundles = bundle(
+            [row.prompt_ids for row in rows],
+            [row.response_ids for row in rows],
+            range(len(rows)),
+            most=section.microbatch,
+        )
+        batches = bundle_batches(
+            bundles, device, tokens=section.tokens_per_forward, most=section.microbatch
+        )
+        done = list(rows)
+        for batch, counts in filled_up(batches, self.context, filler=batches[-1]):
+            reading = Reading(batch, device)
+            states = None if trunk is None else self.forward(trunk.states, reading.packed)
+            given = reading, states, section.temperature
+            old = self.forward(self.actors.actor_critic.evaluate, *given)
+            reference = self.forward(self.actors.reference_logprobs, *given)
+            if not counts:
+                continue
+            if trunk is not None and states is not None:
+                kept |= _kept(trunk, batch, states, places)
+            sizes = [len(rows[row].response_ids) for row in reading.rows]
+            columns = [
+                [tuple(part.tolist()) for part in values.split(sizes)]
+                for values in (old.logprobs, reference, old.values)
+            ]
+            for row, *found in zip(reading.rows, *columns, strict=True):
+                done[row] = rows[row]._replace(
+                    old_logprobs=found[0], ref_logprobs=found[1], old_values=found[2]
+                )
+        return done, kept
+
+
+def sample_responses(
+    engine: Engine, codec: ChatCodec, prompts: Sequence[Prompt], samplings: Sequence[Sampling]
+) -> list[Sampled]:
+    """One response per prompt, in the prompts' order."""
+    encoded = [
+        tuple(codec.encode(prompt.messages, mode=prompt.mode, generation_prompt=True).ids)
+        for prompt in prompts
+    ]
+    requests = [
+        GenerationRequest(str(row), ids, sampling)
+        for row, (ids, sampling) in enumerate(zip(encoded, samplings, strict=True))
+    ]
+    by_row: dict[int, Sample] = {int(s.request_id): s for s in engine.generate(requests)}
+    return [
+        Sampled(ids, by_row[row], codec.decode_response(by_row[row].ids))
+        for row, ids in enumerate(encoded)
+    ]
+
+
+def rollout_of(
+    prompts: Sequence[Prompt],
+    group: Sequence[int],
+    rows: Sequence[Row],
+    *,
+    own: Sequence[int],
+    trunk: Mapping[Ids | int, TrunkStates],
+    device: str,
+) -> Rollout:
+    """All rows as tensors."""
+    mask = padded_mask([[True] * len(row.response_ids) for row in rows], device)
+
+    def padded(columns: Sequence[Sequence[float]]) -> Tensor:
+        flat = torch.tensor([value for column in columns for value in column], device=device)
+        return torch.zeros(mask.shape, device=device).masked_scatter(mask, flat)
+
+    scores = torch.tensor([row.scores for row in rows], device=device).T
+    return Rollout(
+        prompts=tuple(prompts),
+        prompt_ids=tuple(row.prompt_ids for row in rows),
+        response_ids=tuple(row.response_ids for row in rows),
+        texts=tuple(row.text for row in rows),
+        is_finished=torch.tensor([row.is_finished for row in rows], device=device),
+        group=torch.tensor(group, device=device),
+        scores=scores[0],
+        each_score=scores[1:],
+        response_mask=mask,
+        sampler_logprobs=padded([row.sampler_logprobs for row in rows]),
+        old_logprobs=padded([row.old_logprobs for row in rows]),
+        ref_logprobs=padded([row.ref_logprobs for row in rows]),
+        old_values=padded([row.old_values for row in rows]),
+        own=tuple(own),
+        trunk=trunk,
+    )
 
 
 def sampling(section: PpoSection, seed: int) -> Sampling:
@@ -75,87 +251,26 @@ def sampling(section: PpoSection, seed: int) -> Sampling:
     return Sampling(section.max_response_tokens, section.temperature, seed)
 
 
-def sample_responses(
-    engine: Engine,
-    codec: ChatCodec,
-    prompts: Sequence[Prompt],
-    samplings: Iterable[Sampling],
-    *,
-    device: str,
-) -> Samples:
-    """One response per prompt, in the prompts' order."""
-    encoded = [
-        codec.encode(prompt.messages, mode=prompt.mode, generation_prompt=True).ids
-        for prompt in prompts
+def _groups(prompts: Sequence[Prompt]) -> list[int]:
+    """Numbers of the prompts: neighbours that are one object share one."""
+    numbers: list[int] = []
+    for place, prompt in enumerate(prompts):
+        is_new = place == 0 or prompt is not prompts[place - 1]
+        numbers.append((numbers[-1] + is_new) if numbers else 0)
+    return numbers
+
+
+def _kept(
+    trunk: Trunk, batch: Sequence[Bundle], states: Tensor, places: Sequence[int]
+) -> dict[Ids | int, TrunkStates]:
+    """The trunk's states of a forward, by prompt and by row of the rollout."""
+    sizes = [
+        size
+        for each in batch
+        for size in (len(each.prompt), *(len(response) for response in each.responses))
     ]
-    requests = [
-        GenerationRequest(str(row), tuple(ids), sampling)
-        for row, (ids, sampling) in enumerate(zip(encoded, samplings, strict=True))
+    keys: list[Ids | int] = [
+        key for each in batch for key in (each.prompt, *(places[row] for row in each.rows))
     ]
-    by_row: dict[int, Sample] = {int(s.request_id): s for s in engine.generate(requests)}
-    samples = [by_row[row] for row in range(len(prompts))]
-    sequences = [[*ids, *sample.ids] for ids, sample in zip(encoded, samples, strict=True)]
-    masks = [
-        [False] * len(ids) + [True] * len(sample.ids)
-        for ids, sample in zip(encoded, samples, strict=True)
-    ]
-    response_mask = padded_mask(masks, device)
-    sampled = torch.tensor([value for sample in samples for value in sample.logprobs])
-    sampler_logprobs = torch.zeros(response_mask.shape, device=device)
-    return Samples(
-        token_ids=Batch(sequences, codec.tokenizer.pad_id, device).token_ids,
-        response_mask=response_mask,
-        sampler_logprobs=sampler_logprobs.masked_scatter(response_mask, sampled.to(device)),
-        prompts=tuple(prompts),
-        texts=tuple(codec.decode_response(sample.ids) for sample in samples),
-        is_finished=tuple(sample.finish_reason == "stop" for sample in samples),
-    )
-
-
-def score_responses(
-    reward_model: RewardModel, samples: Samples, section: PpoSection
-) -> Float[Tensor, " B"]:
-    """Normalised scores of the responses, re-rendered from text in the reward model's own format.
-
-    A response that was cut at its length gets `missing_end_penalty` instead of a score (Ziegler et
-    al. 2019), where there is one.  Clipping comes after normalisation.
-    """
-    rows = zip(samples.prompts, samples.texts, samples.is_finished, strict=True)
-    scores = reward_model.score(
-        Scored((*prompt.messages, Message(role="assistant", content=text)), prompt.mode, finished)
-        for prompt, text, finished in rows
-    )
-    if section.reward_clip is not None:
-        scores = scores.clamp(-section.reward_clip, section.reward_clip)
-    if section.missing_end_penalty is not None:
-        is_finished = torch.tensor(samples.is_finished)
-        scores = torch.where(is_finished, scores, torch.tensor(section.missing_end_penalty))
-    return scores.to(samples.token_ids.device)
-
-
-@torch.no_grad()
-def evaluate_rollout(
-    actor_critic: ActorCritic,
-    reference: PreTrainedModel,
-    samples: Samples,
-    scores: Float[Tensor, " B"],
-    section: PpoSection,
-) -> Rollout:
-    """Add the trainer's own logprobs, the reference's, and the values of every response token."""
-    temperature, microbatch = section.temperature, section.microbatch
-    old_logprobs, ref_logprobs, values = [], [], []
-    for start in range(0, len(scores), microbatch):
-        tokens = samples.token_ids[start : start + microbatch]
-        mask = samples.response_mask[start : start + microbatch]
-        evaluated = actor_critic.evaluate(tokens, mask, temperature=temperature)
-        old_logprobs.append(evaluated.logprobs)
-        values.append(evaluated.values)
-        ref_logprobs.append(reference_logprobs(reference, tokens, mask, temperature=temperature))
-    return Rollout(
-        token_ids=samples.token_ids,
-        response_mask=samples.response_mask,
-        scores=scores,
-        old_logprobs=torch.cat(old_logprobs),
-        ref_logprobs=torch.cat(ref_logprobs),
-        old_values=torch.cat(values),
-    )
+    pieces = states.split(sizes)
+    return {key: trunk.kept(piece) for key, piece in zip(keys, pieces, strict=True)}

@@ -6,27 +6,24 @@ since an over-optimised policy shows in both before it shows in the score.
 Shapes: B validation prompts, T token positions.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from starling.base.errors import DataError
 from starling.base.estimate import bootstrap_mean
 from starling.base.jsonl import write_records
 from starling.base.seeding import derive_seed
-from starling.data.chat import ChatCodec
 from starling.data.records import Prompt
+from starling.judging.instructions import InstructedPrompt, share_followed
 from starling.judging.judge import GradedAnswer, Judge, Rating
-from starling.models.interfaces import Engine
-from starling.models.reward_model import RewardModel
-from starling.ppo.actor_critic import reference_logprobs
+from starling.models.interfaces import Sampling
 from starling.ppo.config import PpoSection
 from starling.ppo.kl import k1, sequence_kl
-from starling.ppo.rollout import Samples, sample_responses, sampling, score_responses
+from starling.ppo.rollout import Collector, Rollout, sample_responses, sampling
 
 
 @dataclass(frozen=True)
@@ -39,48 +36,44 @@ class Validation:
     kl: dict[str, Any]
     """Estimate of the sequence KL to the reference, in nats."""
     response_tokens: float
+    followed: float | None = None
+    """Share of verifiable instructions followed by greedy answers; None without any."""
 
 
 @dataclass(frozen=True)
 class Validator:
-    """Measures the policy as it stands; the same prompts and seeds at every step."""
+    """Measures the policy as it stands; the same prompts and seeds at every step.
+
+    Every process takes part in the sampling; rank 0 asks the judge and writes.
+    """
 
     prompts: tuple[Prompt, ...]
+    instructed: tuple[InstructedPrompt, ...]
     judge: Judge | None
-    reward_model: RewardModel
-    engine: Engine
-    codec: ChatCodec
-    reference: PreTrainedModel
-    section: PpoSection
+    collector: Collector
     seed: int
     out: Path
 
-    def measure(self, policy: PreTrainedModel, step: int) -> Validation:
+    def measure(self, step: int) -> Validation:
         """Sample one response per validation prompt; measure KL and length, and ask the judge.
 
         The answers go to `validation/step-<step>.jsonl`, where the report reads them.
         """
-        section, device = self.section, str(policy.device)
         samplings = [
-            sampling(section, derive_seed(self.seed, "ppo/validation", row))
+            sampling(self.collector.section, derive_seed(self.seed, "ppo/validation", row))
             for row in range(len(self.prompts))
         ]
-        samples = sample_responses(self.engine, self.codec, self.prompts, samplings, device=device)
-        tokens, mask = samples.token_ids, samples.response_mask
-        logprobs, ref_logprobs = (
-            reference_logprobs(model, tokens, mask, temperature=section.temperature)
-            for model in (policy, self.reference)
-        )
-        kl = sequence_kl(k1(logprobs, ref_logprobs), mask)
-        rated = self._rate(samples, step)
-        scores = score_responses(self.reward_model, samples, section)
-        rows = zip(samples.prompts, samples.texts, samples.is_finished, strict=True)
+        answers = self.collector.collect(self.prompts, samplings)
+        kl = sequence_kl(k1(answers.old_logprobs, answers.ref_logprobs), answers.response_mask)
+        rated = self._rate(answers, step) if self.collector.context.rank == 0 else {}
+        rows = zip(answers.prompts, answers.texts, answers.is_finished.tolist(), strict=True)
         write_records(
-            self.out / "validation" / f"step-{step:06d}.jsonl",
+            self.collector.context.own_path(self.out / "validation" / f"step-{step:06d}.jsonl"),
             [
                 {"id": prompt.id, "category": prompt.category, "answer": text}
                 | {"finished": finished, "checks": prompt.checks}
-                | {"kl": kl[row].item(), "score": scores[row].item(), "rating": rated.get(row)}
+                | {"kl": kl[row].item(), "score": answers.scores[row].item()}
+                | {"rating": rated.get(row)}
                 for row, (prompt, text, finished) in enumerate(rows)
             ],
         )
@@ -88,10 +81,25 @@ class Validator:
             step=step,
             rating=sum(rated.values()) / len(rated) if rated else None,
             kl=asdict(bootstrap_mean(kl.tolist(), seed=self.seed)),
-            response_tokens=float(samples.response_tokens.mean()),
+            response_tokens=float(answers.response_tokens.float().mean()),
+            followed=self._followed(),
         )
 
-    def _rate(self, samples: Samples, step: int) -> dict[int, float]:
+    def _followed(self) -> float | None:
+        """Mean share of instructions that greedy answers follow; None where there are none."""
+        if not self.instructed:
+            return None
+        greedy = Sampling(self.collector.section.max_response_tokens, 0.0)
+        sampled = sample_responses(
+            self.collector.engine,
+            self.collector.codec,
+            self.instructed,
+            [greedy] * len(self.instructed),
+        )
+        shares = share_followed(self.instructed, [each.text for each in sampled])
+        return sum(shares) / len(shares)
+
+    def _rate(self, samples: Rollout, step: int) -> dict[int, float]:
         """The judge's rating by row; {} without a judge.
 
         Raises DataError when the judge fails on more than a tenth: no checkpoint can be selected.
@@ -101,7 +109,7 @@ class Validator:
         answers = [
             GradedAnswer(f"{step}/{prompt.id}", prompt.messages, text, prompt.checks, finished)
             for prompt, text, finished in zip(
-                samples.prompts, samples.texts, samples.is_finished, strict=True
+                samples.prompts, samples.texts, samples.is_finished.tolist(), strict=True
             )
         ]
         verdicts = list(self.judge.rate(answers))
@@ -116,11 +124,17 @@ class Validator:
 
 
 def is_eligible(candidate: Validation, start: Validation, section: PpoSection) -> bool:
-    """Whether length and KL allow this checkpoint: 0.5 to 1.5 of the target, where there is one."""
+    """Whether length, instructions and KL allow this checkpoint.
+
+    Starling's own rule was at most 0.05 of IFEval lost; the KL is to be 0.5 to 1.5 of its target,
+    where there is one.
+    """
     is_short = candidate.response_tokens <= section.select_max_length_ratio * start.response_tokens
+    lost = (start.followed or 0.0) - (candidate.followed or 0.0)
+    is_sound = is_short and lost <= section.select_max_instruction_drop + 1e-12
     if section.kl_target is None:
-        return is_short
-    return is_short and 0.5 <= candidate.kl["mean"] / section.kl_target <= 1.5
+        return is_sound
+    return is_sound and 0.5 <= candidate.kl["mean"] / section.kl_target <= 1.5
 
 
 def is_better(candidate: Validation, best: Validation | None) -> bool:
@@ -153,7 +167,10 @@ class Selection:
         }
 
     def add(
-        self, validation: Validation, model: PreTrainedModel, section: PpoSection
+        self,
+        validation: Validation,
+        weights: Callable[[], Mapping[str, Tensor]],
+        section: PpoSection,
     ) -> dict[str, float]:
         """Note a validation, keep its weights when it is the best, and return its metrics.
 
@@ -164,7 +181,7 @@ class Selection:
         eligible = not is_start and is_eligible(validation, self.validations[0], section)
         if eligible and is_better(validation, self.best):
             self.best = validation
-            self.weights = {k: v.detach().clone() for k, v in model.state_dict().items()}
+            self.weights = {name: part.detach().clone() for name, part in weights().items()}
         metrics = {
             "ppo/validation_kl": float(validation.kl["mean"]),
             "ppo/validation_tokens": validation.response_tokens,
@@ -172,4 +189,6 @@ class Selection:
         }
         if validation.rating is not None:
             metrics["ppo/validation_rating"] = validation.rating
+        if validation.followed is not None:
+            metrics["ppo/validation_followed"] = validation.followed
         return metrics

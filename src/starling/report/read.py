@@ -3,7 +3,7 @@
 Gold on validation prompts is graded here, after the fact: training and selection never saw it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +18,9 @@ from starling.recipe import STAGES
 BEFORE, AFTER = "sft", "ppo"
 """The names of the two policies in scores.json and answers.jsonl."""
 
+SMALLEST_RISE = 0.01
+"""A smaller rise of the score is none: it would not show in the page's two decimals."""
+
 
 class ValidationPoint(NamedTuple):
     """One validated policy; `kl` in nats per sequence, `score` normalised, `gold` in 0..1."""
@@ -26,6 +29,10 @@ class ValidationPoint(NamedTuple):
     kl: Estimate
     score: Estimate
     gold: Estimate | None
+    scores: Mapping[str, float]
+    """By prompt."""
+    golds: Mapping[str, float]
+    """The same; only of prompts with checks."""
 
 
 class Run(NamedTuple):
@@ -36,6 +43,8 @@ class Run(NamedTuple):
     stages: tuple[dict[str, Any], ...]
     """Name, sentence (with a path inside the run), and the clock's seconds and start."""
     ppo_metrics: tuple[dict[str, Any], ...]
+    flags: tuple[dict[str, Any], ...]
+    """What PPO's guards raised, in order."""
     validations: tuple[ValidationPoint, ...]
     audit: dict[str, Any] | None
     evaluation: dict[str, Any] | None
@@ -71,13 +80,40 @@ class Run(NamedTuple):
 
     @property
     def highest_later_score(self) -> ValidationPoint | None:
-        """The highest reward-model score above that at the best gold and after it, if any."""
+        """The highest reward-model score after the best gold, where it is told from that there."""
         best = self.best_gold
         if best is None:
             return None
         later = (point for point in self.validations if point.step > best.step)
         highest = max(later, key=lambda point: point.score.mean, default=best)
-        return highest if highest.score.mean > best.score.mean else None
+        rise = self._difference(highest.scores, best.scores)
+        is_rise = rise.mean >= SMALLEST_RISE and rise.low is not None and rise.low > 0
+        return highest if is_rise else None
+
+    @property
+    def is_overoptimised(self) -> bool:
+        """Whether gold is told to be lower there than at its best."""
+        best, later = self.best_gold, self.highest_later_score
+        if best is None or later is None:
+            return False
+        change = self._difference(later.golds, best.golds)
+        return change.high is not None and change.high < 0
+
+    def _difference(self, after: Mapping[str, float], before: Mapping[str, float]) -> Estimate:
+        """Mean of the differences, prompt by prompt: both are of the same prompts."""
+        differences = [after[name] - value for name, value in before.items()]
+        return bootstrap_mean(differences, seed=self.recipe.get("seed", 0))
+
+    @property
+    def flags_by_guard(self) -> list[dict[str, Any]]:
+        """Each guard's first flag, with how many `more` there are and the `last` one's step."""
+        grouped: dict[str, list[dict[str, Any]]] = {}
+        for flag in self.flags:
+            grouped.setdefault(flag["guard"], []).append(flag)
+        return [
+            {**flags[0], "more": len(flags) - 1, "last": flags[-1]["step"]}
+            for flags in grouped.values()
+        ]
 
     @property
     def widest_position_table(self) -> dict[str, Any] | None:
@@ -104,6 +140,7 @@ def read_run(folder: Path) -> Run:
         summary=_json(folder / "summary.json") or {},
         stages=tuple(_stage_note(folder, name) for name in STAGES),
         ppo_metrics=tuple(_rows(folder / "ppo" / "metrics.jsonl")),
+        flags=tuple(_rows(folder / "ppo" / "flags.jsonl")),
         validations=_validations(folder / "ppo" / "validation", seed=recipe.get("seed", 0)),
         audit=_json(folder / "feedback" / "audit.json"),
         evaluation=_json(folder / "reward" / "evaluation.json"),
@@ -153,16 +190,21 @@ def _validations(folder: Path, *, seed: int) -> tuple[ValidationPoint, ...]:
 
 
 def _point(step: int, rows: Sequence[dict[str, Any]], seed: int) -> ValidationPoint:
-    golds = [
-        grade(Checks.model_validate(row["checks"]), row["answer"], finished=row["finished"]).total
+    golds = {
+        row["id"]: grade(
+            Checks.model_validate(row["checks"]), row["answer"], finished=row["finished"]
+        ).total
         for row in rows
         if row.get("checks") is not None
-    ]
+    }
+    scores = {row["id"]: row["score"] for row in rows}
     return ValidationPoint(
         step=step,
         kl=bootstrap_mean([row["kl"] for row in rows], seed=seed),
-        score=bootstrap_mean([row["score"] for row in rows], seed=seed),
-        gold=bootstrap_mean(golds, seed=seed) if len(golds) == len(rows) else None,
+        score=bootstrap_mean(list(scores.values()), seed=seed),
+        gold=bootstrap_mean(list(golds.values()), seed=seed) if len(golds) == len(rows) else None,
+        scores=scores,
+        golds=golds,
     )
 
 
