@@ -321,8 +321,12 @@ def test_several_reward_models_are_found_and_hashed_with_their_settings(world, r
 )
 def test_a_reward_models_settings_make_ppo_stale(world, reward_models, number, field, value):
     world.run()
+    before = world.manifest("ppo")["inputs"]
     reward_models[number][field] = value
     assert world.run() == ["ppo", "bench"]
+    after = world.manifest("ppo")["inputs"]
+    changed = {name for name in before if before[name]["sha256"] != after[name]["sha256"]}
+    assert changed == {f"reward_models.{number}"}
 
 
 def test_a_reward_models_content_makes_ppo_stale_and_its_place_does_not(world, reward_models):

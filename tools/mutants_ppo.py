@@ -2,10 +2,7 @@
 
 CHANGES = {
     ("ppo/kl.py", "tests/ppo/test_kl.py"): [
-        (
-            "return logprobs - ref_logprobs",
-            "return ref_logprobs - logprobs",
-        ),
+        ("return logprobs - ref_logprobs", "return ref_logprobs - logprobs"),
         ("(logprobs - ref_logprobs) ** 2 / 2", "(logprobs - ref_logprobs) ** 2"),
         ("(logprobs - ref_logprobs) ** 2 / 2", "(logprobs - ref_logprobs).detach() ** 2 / 2"),
         ("(logprobs - ref_logprobs) ** 2 / 2", "(logprobs - ref_logprobs).abs() / 2"),
@@ -156,10 +153,7 @@ CHANGES = {
             "if not added:\n            return self",
             "if not added:\n            return RunningMoments()",
         ),
-        (
-            "added[0] + math.fsum(score - added[0] for score in added) / len(added)",
-            "math.fsum(added) / len(added)",
-        ),
+        ("math.fsum(added) / len(added)", "scores.mean().item()"),
         ("self.mean + gap * len(added) / count", "self.mean + gap / 2"),
         ("(score - mean) ** 2 for score", "(score - self.mean) ** 2 for score"),
         ("+ gap**2 * self.count * len(added) / count", ""),
@@ -188,11 +182,7 @@ CHANGES = {
         ("- deviations * scores.std", "+ deviations * scores.std"),
         ("std(dim=0, correction=0)", "std(dim=0)"),
         ("scores.std(dim=0, correction=0)", "scores.var(dim=0, correction=0)"),
-        (
-            "if not pairs.numel() or (pairs == pairs[:, :1]).all(dim=1).any():",
-            "if not pairs.numel():",
-        ),
-        ("if not pairs.numel() or (pairs", "if (pairs"),
+        ("if (pairs == pairs[:, :1]).all(dim=1).any():", "if pairs.shape[1] < 2:"),
         (".all(dim=1).any()", ".all(dim=1).all()"),
         ("centred = pairs - pairs.mean(dim=1, keepdim=True)", "centred = pairs"),
         ("centred.norm(dim=1).prod()", "pairs.norm(dim=1).prod()"),

@@ -24,17 +24,11 @@ JUNK = 99.0
 
 def golden() -> dict[str, Any]:
     """The whole file."""
-    groups = {
-        **_of_a_rollout(),
-        **_of_the_reward(),
-        **_of_the_advantage(),
-        **_of_the_losses(),
-        **_of_the_optimizer(),
-        **_of_other_methods(),
-    }
+    parts = (_of_a_rollout, _of_the_reward, _of_the_advantage, _of_the_losses, _of_the_optimizer,
+             _of_other_methods)  # fmt: skip
+    groups = _rounded({name: group for part in parts for name, group in part().items()})
     about = "Inputs and outputs of the formulas of PPO for language models; see docs/golden.md"
-    tolerance = {"relative": 1e-5, "absolute": 1e-5}
-    return {"about": about, "tolerance": tolerance, "groups": _rounded(groups)}
+    return {"about": about, "tolerance": {"relative": 1e-5, "absolute": 1e-5}, "groups": groups}
 
 
 def text() -> str:
@@ -118,8 +112,6 @@ def _of_the_reward() -> dict[str, Any]:
         {"advantages": [[0, 2 * 0.95, 2, 0], [0, -(0.95**2), -0.95, -1]]},
         score_after_the_end=[[0, 2 * 0.95**2, 2 * 0.95, 0], [0, -(0.95**2), -0.95, -1]],
     )  # fmt: skip
-    sums = {"sequence_kl": [-0.5, 6.0]}
-    per_token = [-0.25, 2.0]
     table = [
         (6.0, 1),
         (6.6, 1.00512),
@@ -144,7 +136,7 @@ def _of_the_reward() -> dict[str, Any]:
         "kl_expectation": _group(18, "means over the policy; gradients by logits", [_exact_kl()]),
         "sequence_kl": _group(
             20, "sum over kept tokens",
-            [_case("two rows", {"kl": kl, "mask": mask}, sums, per_token=per_token)],
+            [_case("two rows", {"kl": kl, "mask": mask}, {"sums": [-0.5, 6.0]}, means=[-0.25, 2])],
         ),
         "controller": _group(
             20, "coef * (1 + clip(measured / target - 1, -0.2, 0.2) * episodes / horizon)", followed

@@ -96,7 +96,7 @@ def kl_expectation(given):
 
 
 def sequence_kl(given):
-    return {"sequence_kl": kl.sequence_kl(*tensors(given, "kl", "mask"))}
+    return {"sums": kl.sequence_kl(*tensors(given, "kl", "mask"))}
 
 
 def controller(given):

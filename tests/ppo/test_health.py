@@ -2,13 +2,13 @@
 
 import json
 import math
-from pathlib import Path
+from dataclasses import asdict
 from random import Random
 
 import pytest
 
 from starling.ppo.config import Guards
-from starling.ppo.health import GUARDS, Health, health_line, write_flags
+from starling.ppo.health import GUARDS, Health, health_line
 
 ROLLOUT = {
     "ppo/score": 0.42,
@@ -236,31 +236,26 @@ def test_a_state_of_other_fields_is_refused() -> None:
             Health.resume(wrong, Guards(), None)
 
 
-def test_flags_and_the_batch_are_written_whole(tmp_path: Path) -> None:
-    health = settled()
-    health.check(6, {**ROLLOUT, "ppo/entropy": 0.0, "ppo/score": math.nan})
-    write_flags(tmp_path, health.flags, action="warn", step=6, rows=[{"answer": "a"}])
-    health.check_update(6, {**UPDATE, "ppo/approx_kl": 0.75})
-    health.check(7, ROLLOUT)
-    write_flags(tmp_path, health.flags, action="warn", step=7, rows=[{"answer": "b"}])
-    lines = (tmp_path / "flags.jsonl").read_text(encoding="utf-8").splitlines()
-    first, second, third = map(json.loads, lines)
-    assert list(first) == ["step", "guard", "sentence", "action"]
-    assert second == {
-        "step": 6,
-        "guard": "min_entropy",
-        "found": 0.0,
-        "limit": 0.01,
-        "sentence": "The entropy is 0 nats a token, less than 0.01: the policy says one thing "
-        "only; raise ppo.kl_coef or lower ppo.lr, and go back to an earlier checkpoint.",
-        "action": "warn",
-    }
-    assert (third["step"], third["guard"]) == (6, "max_approx_kl")
-    kept = {path.name: path.read_text("utf-8") for path in (tmp_path / "flagged").iterdir()}
-    assert kept == {
-        "step-000006.jsonl": '{"answer": "a"}\n',
-        "step-000007.jsonl": '{"answer": "b"}\n',
-    }
+def test_a_flag_says_what_was_found_and_what_to_do() -> None:
+    flags = settled().check(6, {**ROLLOUT, "ppo/end_rate": 0.25, "ppo/score": math.nan})
+    assert [asdict(flag) for flag in flags] == [
+        {
+            "step": 6,
+            "guard": "finite",
+            "found": None,
+            "limit": None,
+            "sentence": "ppo/score is nan, which no update can learn from: lower ppo.lr, and look "
+            "at the reward model's scores and the policy's weights.",
+        },
+        {
+            "step": 6,
+            "guard": "min_end_rate",
+            "found": 0.25,
+            "limit": 0.5,
+            "sentence": "Only 25.0% of the responses ended by themselves, less than 50.0%: the "
+            "others were cut; set ppo.missing_end_penalty or raise ppo.max_response_tokens.",
+        },
+    ]
 
 
 def test_the_health_line_is_short_and_leaves_out_what_is_absent() -> None:

@@ -19,7 +19,7 @@ from starling.base.jsonl import parse_json
 from starling.data.records import Prompt
 
 _WORD = re.compile(r"\w+(?:['\u2019-]\w+)*")
-_SENTENCE_END = re.compile(r"[.!?]+[\"'\u201d\u2019)\]]*(?=\s|$)")
+_SENTENCE_END = re.compile(r"(?<![.!?])[.!?]+[\"'\u201d\u2019)\]]*(?=\s|$)")
 _BULLET = re.compile(r"^[ \t]*[*+-][ \t]+\S", re.MULTILINE)
 _BLANK_LINE = re.compile(r"\n[ \t]*\n")
 
@@ -130,7 +130,7 @@ def follows_loosely(instruction: Instruction, answer: str) -> bool:
         "\n".join(lines[first : len(lines) - last]) for first, last in product((0, 1), repeat=2)
     )
     variants = (variant for text in texts for variant in (text, text.replace("*", "")))
-    return follows(instruction, answer) or any(follows(instruction, each) for each in variants)
+    return any(follows(instruction, variant) for variant in variants)
 
 
 def share_followed(prompts: Sequence[InstructedPrompt], answers: Sequence[str]) -> list[float]:

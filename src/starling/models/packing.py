@@ -139,7 +139,7 @@ class _Layout:
 class Packed:
     """Rows as one flat sequence: ids and positions [1, T], and places in it.
 
-    `ends` [A] are each answer's last; `reads` [U] the prompts' from `read_from` on, and the answers'.
+    `ends` [A] are each answer's last; `reads` [U] all from a prompt's `read_from` on.
     """
 
     def __init__(self, rows: Sequence[PackedRow], device: str | torch.device = "cpu") -> None:

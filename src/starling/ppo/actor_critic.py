@@ -214,9 +214,9 @@ def _critic(
     nn.init.zeros_(value_head.bias)
     if section.critic == "shared":
         return None, value_head
-    part = copied if trunk is None else copy.deepcopy(trunk.upper)
-    assert part is not None or section.train in ("top", "head")
-    return (part or copy.deepcopy(policy.get_decoder())).requires_grad_(True), value_head
+    part: Any = copied or copy.deepcopy(policy.get_decoder() if trunk is None else trunk.upper)
+    ready = part if trunk is not None or why_not_packed(policy) else prepared(part)
+    return ready.requires_grad_(True), value_head
 
 
 def _from_reward_model(

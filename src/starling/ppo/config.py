@@ -25,7 +25,7 @@ class RewardSource(Section):
     """The model's name at the server; absent, the only one."""
     api_key_env: str | None = None
     """Name of the environment variable that holds the server's key."""
-    weight: float = Field(1.0, gt=0)
+    weight: float = Field(default=1.0, gt=0)
     """Its share in the weighted mean."""
 
 
@@ -213,13 +213,15 @@ class PpoSection(Section):
                 f"the controller could multiply kl_coef by 0; set it above {episodes // 5}"
             )
         if self.advantages != "gae" and self.samples_per_prompt < 2:
-            yield f"samples_per_prompt: {self.advantages} compares a prompt's samples; set 2 or more"
+            yield f"samples_per_prompt: {self.advantages} compares a prompt's samples; set 2 or up"
         if self.advantages != "gae" and (self.critic_warmup or self.critic_gate is not None):
             yield f"advantages: {self.advantages} has no critic to warm up or to gate"
         if self.reward_model is not None and self.reward_models:
             yield "reward_models: stands beside reward_model; name all models there"
         if self.critic == "reward-model" and len(self.reward_models) > 1:
             yield "critic: reward-model needs one reward model; set shared or separate"
+        if self.critic == "reward-model" and any(each.url for each in self.reward_models):
+            yield "critic: reward-model needs the weights in this process; set shared or separate"
         if self.critic == "reward-model" and self.train in ("top", "head"):
             yield f"critic: reward-model shares no trunk with train: {self.train}; set separate"
         if self.steps <= self.critic_warmup:

@@ -56,7 +56,7 @@ def shaped_scores(
         rollout.scores,
         centre=moments.mean if section.reward_centre == "running" else 0.0,
         clip=section.reward_clip,
-        scale=max(moments.std, 1e-8) if section.reward_scale == "running" else 1.0,
+        scale=(moments.std or 1.0) if section.reward_scale == "running" else 1.0,
         shift=section.reward_shift,
     )
     scores = penalise_length(scores, rollout.response_tokens, length_penalty=section.length_penalty)

@@ -6,13 +6,11 @@ are raised at once and speak against learning from the next batch.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from operator import gt, lt
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from starling.base.jsonl import write_records
 from starling.ppo.config import Guards
 
 KL_TARGETS = 4
@@ -252,17 +250,6 @@ class Health:
         if name == "max_sequence_kl" and limit is None and self.kl_target is not None:
             return KL_TARGETS * self.kl_target
         return limit
-
-
-def write_flags(
-    out: Path, flags: Sequence[Flag], *, action: str, step: int, rows: Iterable[Mapping[str, Any]]
-) -> None:
-    """Replace `flags.jsonl` by all flags so far, and write the batch that `step` was flagged for.
-
-    The whole file each time, so that a resumed run leaves the bytes of one that never stopped.
-    """
-    write_records(out / "flags.jsonl", [{**asdict(flag), "action": action} for flag in flags])
-    write_records(out / "flagged" / f"step-{step:06d}.jsonl", rows)
 
 
 def health_line(metrics: Mapping[str, float], *, kl_target: float | None = None) -> str:

@@ -40,8 +40,8 @@ class RunningMoments:
         added = scores.tolist()
         if not added:
             return self
-        # From the first one, so that equal scores have no spread at all, not a rounding's.
-        mean = added[0] + math.fsum(score - added[0] for score in added) / len(added)
+        # Exact for equal float32 scores: they have no spread at all, not a rounding's.
+        mean = math.fsum(added) / len(added)
         count, gap = self.count + len(added), mean - self.mean
         return RunningMoments(
             count=count,
@@ -113,7 +113,7 @@ def combine_pessimistic(scores: ModelScores, *, deviations: float) -> Scores:
 def length_correlation(scores: Scores, num_tokens: Int[Tensor, " B"]) -> float | None:
     """Pearson's correlation of score and length; None where all scores or lengths are equal."""
     pairs = torch.stack([scores.double(), num_tokens.double()])  # [2, B]
-    if not pairs.numel() or (pairs == pairs[:, :1]).all(dim=1).any():
+    if (pairs == pairs[:, :1]).all(dim=1).any():
         return None
     centred = pairs - pairs.mean(dim=1, keepdim=True)
     return ((centred[0] * centred[1]).sum() / centred.norm(dim=1).prod()).item()

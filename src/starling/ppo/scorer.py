@@ -68,7 +68,8 @@ def _combination(sources: Sequence[RewardSource], section: PpoSection) -> Combin
         return combine_minimum
     if section.combine == "pessimistic":
         return partial(combine_pessimistic, deviations=section.pessimism)
-    return partial(combine_mean, weights=torch.tensor([source.weight for source in sources]))
+    weights = torch.tensor([source.weight for source in sources])
+    return lambda each: combine_mean(each, weights.to(each.device))
 
 
 def _only(each: Float[Tensor, "1 N"]) -> Float[Tensor, " N"]:
