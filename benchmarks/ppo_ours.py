@@ -15,12 +15,14 @@ from ppo_peer import (
     ADAM_EPS,
     ANSWER_TOKENS,
     CLIP_RANGE,
+    CRITIC_SEED,
     END,
     EPOCHS,
     GAE_LAMBDA,
     KL_COEF,
     MINIBATCHES,
     PAD,
+    REWARD_SEED,
     VALUE_COEF,
     Heard,
     Prompts,
@@ -59,27 +61,28 @@ def method_of(side: str, layers: int) -> Method:
 def section_of(side: str, layers: int, *, num_prompts: int, precision: str, lr: float) -> Any:
     """The recipe's section with the peer's settings."""
     method = method_of(side, layers)
-    return PpoSection(
-        steps=1,
-        rollout_batch=num_prompts,
-        ppo_epochs=EPOCHS,
-        minibatches=MINIBATCHES,
-        max_response_tokens=ANSWER_TOKENS,
-        critic="separate" if method.has_critic_apart else "shared",
-        train="full" if method.trained is None else "top",
-        top_layers=method.trained or layers,
-        precision="bfloat16" if precision == "bf16" else "float32",
-        lr=lr,
-        schedule="constant",
-        adam_eps=ADAM_EPS,
-        max_grad_norm=None,
-        gae_lambda=GAE_LAMBDA,
-        clip_range=CLIP_RANGE,
-        value_clip_range=CLIP_RANGE,
-        value_coef=VALUE_COEF,
-        kl_coef=KL_COEF,
-        missing_end_penalty=None,
-    )
+    settings = {
+        "steps": 1,
+        "rollout_batch": num_prompts,
+        "ppo_epochs": EPOCHS,
+        "minibatches": MINIBATCHES,
+        "max_response_tokens": ANSWER_TOKENS,
+        "critic": "separate" if method.has_critic_apart else "shared",
+        "train": "full" if method.trained is None else "top",
+        "top_layers": method.trained or layers,
+        "precision": "bfloat16" if precision == "bf16" else "float32",
+        "lr": lr,
+        "schedule": "constant",
+        "adam_eps": ADAM_EPS,
+        "max_grad_norm": None,
+        "gae_lambda": GAE_LAMBDA,
+        "clip_range": CLIP_RANGE,
+        "value_clip_range": CLIP_RANGE,
+        "value_coef": VALUE_COEF,
+        "kl_coef": KL_COEF,
+        "missing_end_penalty": None,
+    }
+    return PpoSection.model_validate(settings)
 
 
 @dataclass
@@ -106,7 +109,9 @@ class Ours:
         actors = build_actors(LanguageModel(policy, codec), section, None, seed=0)
         beside = actors.actor_critic.beside
         value_head: Any = beside["value_head"]
-        value_head.weight.data.copy_(new_scorer(name, None, device=device, seed=1).score.weight)
+        value_head.weight.data.copy_(
+            new_scorer(name, None, device=device, seed=CRITIC_SEED).score.weight
+        )
         # The peer's has no bias.
         value_head.bias.requires_grad_(False)
         forward = parallel(policy, made_by, context, beside=beside, precision=section.precision)
@@ -116,7 +121,7 @@ class Ours:
             Collector(engine, codec, scorer, actors, forward, section, context),
             Learner(actors.actor_critic, forward, trainable, section, context),
             engine,
-            new_scorer(name, None, device=device, seed=2).eval(),
+            new_scorer(name, None, device=device, seed=REWARD_SEED).eval(),
         )
 
     @property
@@ -135,7 +140,10 @@ class Ours:
         with self._phase("evaluate"):
             rollout, estimated = self._evaluated(rows)
         stepping = self._phase("optimizer")(optimizer.step)
-        with self._phase("train"), mock.patch.object(optimizer, "step", side_effect=stepping) as steps:
+        with (
+            self._phase("train"),
+            mock.patch.object(optimizer, "step", side_effect=stepping) as steps,
+        ):
             update(self.learner, rollout, estimated, step=step)
         with self._phase("generate"):
             self.engine.sync(self.learner.actor_critic.policy.state_dict(), step + 1)
@@ -187,13 +195,9 @@ class Ours:
         section, places = self.learner.section, range(len(rows))
         evaluated, trunk = self.collector._evaluate(rows, places)
         texts: Any = [None] * len(rows)
-        rollout = rollout_of(
-            texts, places, evaluated, own=places, trunk=trunk, device=self.device
-        )
+        rollout = rollout_of(texts, places, evaluated, own=places, trunk=trunk, device=self.device)
         kl = k1(rollout.old_logprobs, rollout.ref_logprobs)
-        rewards = shape_rewards(
-            rollout.scores, kl, rollout.response_mask, kl_coef=section.kl_coef
-        )
+        rewards = shape_rewards(rollout.scores, kl, rollout.response_mask, kl_coef=section.kl_coef)
         estimated = estimator(section)(rewards, rollout, section)
         rollout_metrics(rollout, rewards)
         critic_metrics(rollout, estimated)

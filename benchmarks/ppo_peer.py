@@ -33,9 +33,27 @@ TRL = "trl-1.12.0"
 PAD, END = 0, 2
 ANSWER_TOKENS = 64
 EPOCHS = MINIBATCHES = 4
+CRITIC_SEED, REWARD_SEED = 1, 2
 KL_COEF, VALUE_COEF, CLIP_RANGE, GAE_LAMBDA, ADAM_EPS = 0.05, 0.1, 0.2, 0.95, 1e-5
 
 Prompts = Sequence[tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Tokens of an update's prompts, and of the answers that were drawn to them."""
+
+    prompts: Sequence[int]
+    answers: Sequence[int]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(self.prompts) + sum(self.answers)
+
+    @property
+    def width(self) -> int:
+        """Of a batch padded to its longest prompt, in which rows are drawn until all have ended."""
+        return max(self.prompts) + max(self.answers)
 
 
 def end_chance(mean: float, most: int) -> float:
@@ -72,9 +90,9 @@ def new_policy(name: str, *, ragged: bool, device: str) -> Any:
     return model.to(device)
 
 
-def new_scorer(name: str, policy: Any, *, device: str) -> Any:
+def new_scorer(name: str, policy: Any, *, device: str, seed: int) -> Any:
     """A random reward model; with a policy, its critic: the policy's trunk under a random head."""
-    torch.manual_seed(1)
+    torch.manual_seed(seed)
     shape = model_shape(name)
     shape.num_labels = 1
     model: Any = MistralForSequenceClassification(shape)
@@ -124,14 +142,15 @@ class TrlPpo:
     reward: Any
     lr: float
     phases: dict[str, Seconds] = field(default_factory=dict)
+    drawn: list[Lengths] = field(default_factory=list)
 
     @staticmethod
     def new(name: str, *, kind: str, device: str, trained: int | None, lr: float) -> "TrlPpo":
         """Models loaded in bf16 where the kind says so; `trained` layers learn, or all."""
         dtype = torch.bfloat16 if "bf16" in kind else torch.float32
         policy = new_policy(name, ragged="ragged" in kind, device=device).to(dtype)
-        critic = new_scorer(name, policy, device=device).to(dtype)
-        reward = new_scorer(name, None, device=device).to(dtype)
+        critic = new_scorer(name, policy, device=device, seed=CRITIC_SEED).to(dtype)
+        reward = new_scorer(name, None, device=device, seed=REWARD_SEED).to(dtype)
         reference = deepcopy(policy).eval().requires_grad_(False)
         if trained is not None:
             freeze_lower(policy, trained)
@@ -139,6 +158,7 @@ class TrlPpo:
         return TrlPpo(policy, critic, reference, reward.eval(), lr)
 
     def __call__(self, prompts: Prompts) -> Seconds:
+        torch.use_deterministic_algorithms(False)
         watch = Stopwatch(self.policy.device.type)
         steps = self._train(prompts, [watch])
         assert steps == EPOCHS * MINIBATCHES, steps
@@ -170,9 +190,9 @@ class TrlPpo:
             trainer.remove_callback(PrinterCallback)
             steps: list[Any] = []
             with (
-                self._clocked(self.policy, "generate", partial(_hear_answers, heard)),
+                self._clocked(self.policy, "generate", partial(self._hear_answers, heard)),
                 self._clocked(trainer.accelerator, "backward", partial(_hear_loss, heard, trainer)),
-                self._clocked(trainer.optimizer, "step", lambda *_: steps.append(None)),
+                self._clocked(trainer.optimizer, "step", lambda *_, **__: steps.append(None)),
                 # It prints, and stdout is for the rows.
                 contextlib.redirect_stdout(sys.stderr),
             ):
@@ -189,11 +209,19 @@ class TrlPpo:
             result = called(*args, **kwargs)
             took = Seconds.now(device).since(start)
             self.phases[method] = self.phases.get(method, Seconds(0, 0)) + took
-            hear(result, *args)
+            hear(result, *args, **kwargs)
             return result
 
         with mock.patch.object(owner, method, clocked):
             yield
+
+    def _hear_answers(self, heard: Heard | None, output: Any, **given: Tensor) -> None:
+        drawn = output.sequences[:, given["input_ids"].shape[1] :] != PAD
+        self.drawn.append(
+            Lengths(given["attention_mask"].sum(dim=1).tolist(), drawn.sum(dim=1).tolist())
+        )
+        if heard is not None:
+            heard.sequences = output.sequences
 
     def _options(self, num_prompts: int) -> dict[str, Any]:
         return {
@@ -226,12 +254,7 @@ class TrlPpo:
         }
 
 
-def _hear_answers(heard: Heard | None, output: Any, *_: Any) -> None:
-    if heard is not None:
-        heard.sequences = output.sequences
-
-
-def _hear_loss(heard: Heard | None, trainer: Any, _: Any, loss: Tensor) -> None:
+def _hear_loss(heard: Heard | None, trainer: Any, _: None, loss: Tensor) -> None:
     if heard is not None:
         gradients = [p.grad for p in trainer.model.parameters() if p.grad is not None]
         heard.losses.append(float(loss))

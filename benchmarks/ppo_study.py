@@ -47,7 +47,7 @@ from starling.judging.rubric import Checks, grade
 from starling.models.causal_lm import (
     LanguageModel,
     load_language_model,
-    save_model,
+    padded_mask,
     state_logprobs,
 )
 from starling.models.interfaces import GenerationRequest, Sampling
@@ -202,18 +202,20 @@ class World:
             )
             for row in rankings
         ]
-        ranks = torch.tensor(
-            [[answer.rank or math.inf for answer in row.answers] for row in rankings]
-        )
+        ranks = [[answer.rank or math.inf for answer in row.answers] for row in rankings]
         loss = pairs_loss if name == "dpo" else ranking_loss
 
         def batch_loss(chosen: Sequence[int]) -> Tensor:
             reading = Reading([bundles[i] for i in chosen], "cpu")
-            shape = (len(chosen), ranks.shape[1])
-            own = answer_logprobs(prepared(model.model), model.model, reading).view(shape)
+            keep = padded_mask([[True] * len(ranks[i]) for i in chosen])
+            own = answer_logprobs(prepared(model.model), model.model, reading)
             with torch.no_grad():
-                theirs = answer_logprobs(reference, self.start.model, reading).view(shape)
-            return loss(own, theirs, ranks[list(chosen)])
+                theirs = answer_logprobs(reference, self.start.model, reading)
+            known = torch.tensor([rank for i in chosen for rank in ranks[i]])
+            columns = [
+                torch.zeros(keep.shape).masked_scatter(keep, x) for x in (own, theirs, known)
+            ]
+            return loss(*columns, keep)
 
         self._fit(model, len(bundles), batch_loss, DPO, name)
         return model
@@ -377,16 +379,16 @@ def answer_logprobs(backbone: Any, model: Any, reading: Reading) -> Tensor:
     )
 
 
-def pairs_loss(own: Tensor, theirs: Tensor, ranks: Tensor) -> Tensor:
+def pairs_loss(own: Tensor, theirs: Tensor, ranks: Tensor, keep: Tensor) -> Tensor:
     """DPO's loss, mean over all pairs that the rankings order."""
-    row, better, worse = (ranks[:, :, None] < ranks[:, None, :]).nonzero(as_tuple=True)
+    ordered = (ranks[:, :, None] < ranks[:, None, :]) & keep[:, :, None] & keep[:, None, :]
+    row, better, worse = ordered.nonzero(as_tuple=True)
     sides = own[row, better], own[row, worse], theirs[row, better], theirs[row, worse]
     return dpo_loss(*sides, beta=DPO["beta"]).mean()
 
 
-def ranking_loss(own: Tensor, theirs: Tensor, ranks: Tensor) -> Tensor:
+def ranking_loss(own: Tensor, theirs: Tensor, ranks: Tensor, keep: Tensor) -> Tensor:
     """Its Plackett-Luce form, for each ranked stage."""
-    keep = torch.ones_like(ranks, dtype=torch.bool)
     losses = plackett_luce_dpo_loss(own, theirs, ranks, keep, beta=DPO["beta"])
     return losses.mean() / (ranks.shape[1] - 1)
 

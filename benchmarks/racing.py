@@ -185,12 +185,12 @@ def options_parser(doc: str | None, *, repeats: int) -> argparse.ArgumentParser:
     return parser
 
 
-def quiet_rates(device: str) -> dict[str, float]:
-    """One thread, no warnings; the machine's rates of multiplication by dtype."""
+def quiet_rates(device: str, dtypes: Iterable[str]) -> dict[str, float]:
+    """One thread, no warnings; the machine's rates of multiplication by dtype, fp32 or bf16."""
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
-    return {dtype: matmul_rate(dtype, device) for dtype in ("fp32", "bf16")}
+    return {dtype: matmul_rate(dtype, device) for dtype in dtypes}
 
 
 def write_rows(

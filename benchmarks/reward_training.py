@@ -435,9 +435,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
     if set(options.races) != {"packed/k-wise"}:
         with_peer(PEER)
-    rates = quiet_rates(options.device)
+    dtypes = {kind: "bf16" if "bf16" in kind else "fp32" for kind in options.kinds}
+    rates = quiet_rates(options.device, dict.fromkeys(dtypes.values()))
     rows = (
-        compete(race, setting, kind, options, rates["bf16" if "bf16" in kind else "fp32"])
+        compete(race, setting, kind, options, rates[dtypes[kind]])
         for kind, setting, race in plan(options)
     )
     write_rows(rows, rates, options)

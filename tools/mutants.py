@@ -66,7 +66,7 @@ CHANGES = {
             "ranking.ranks.index(min(ranking.ranks))",
         ),
     ],
-    ("feedback/candidates.py", "tests/feedback/test_feedback_candidates.py"): [
+    ("judging/refusals.py", "tests/judging/test_refusals.py"): [
         ("(?!help but", "(?!help and"),
         ("recommend[^.,;!?", "recommend[^.;!?"),
     ],

@@ -32,6 +32,8 @@ STAGES = ("sft", "feedback", "reward", "ppo", "bench")
 
 PACKAGED = resources.files("starling") / "recipes"
 
+ALSO_CALLED = {"starling-beta": "starling-7b-beta"}
+
 
 class RunSection(Section):
     """What cannot change a result: not hashed, and not kept in the run folder's recipe."""
@@ -100,6 +102,7 @@ class LoadedRecipe(NamedTuple):
 
 def load_recipe(reference: str) -> LoadedRecipe:
     """Load a recipe by its path, or a packaged one, whose files lie in the working folder."""
+    reference = ALSO_CALLED.get(reference, reference)
     if reference in packaged_recipes():
         return LoadedRecipe(_parse(packaged_text(reference), reference), reference, Path.cwd())
     path = Path(reference)
@@ -125,6 +128,7 @@ def packaged_recipes() -> list[str]:
 def packaged_text(name: str) -> str:
     """A packaged recipe's file as it is. Raises RecipeError for a name that is none."""
     names = packaged_recipes()
+    name = ALSO_CALLED.get(name, name)
     if name not in names:
         raise RecipeError(f"no recipe {name!r} is packaged. {_nearest(name, names)}")
     return (PACKAGED / f"{name}.yaml").read_text(encoding="utf-8")

@@ -38,7 +38,7 @@ CASES = [
     ("excludes", {"phrase": "you know"}, ["You knowing me."], ["Well, you  know.", "YOU KNOW it"]),
     ("starts_with", {"text": "Sure!"}, ["Sure! It is.", " Sure!yes"], ["sure! no", "Oh, Sure!"]),
     ("ends_with", {"text": "."}, ["It is.", "It is. \n"], ["It is", "It. is!"]),
-    ("lowercase", {}, ["all is small: 3.", "\u00e4rger"], ["One is not", "\u00c4rger"]),
+    ("lowercase", {}, ["all is small: 3.", "3", "\u00e4rger"], ["One is not", "\u00c4rger"]),
     ("uppercase", {}, ["ALL 3 ARE."], ["One IS NOT"]),
     ("no_comma", {}, ["none; here"], ["one, here"]),
     ("json", {}, ['{"a": [1]}', "```json\n[1]\n```", "3"], ["{a: 1}", '{"a": 1} x', '{"a": NaN}']),
@@ -52,7 +52,7 @@ CASES = [
     (
         "num_paragraphs",
         {"relation": "at least", "value": 2},
-        ["a\n\nb", "a\n \n\nb\nc\n\n"],
+        ["a\n\nb", "a\n \nb", "a\n \n\nb\nc\n\n"],
         ["a\nb", "a\n\n"],
     ),
     (
@@ -110,6 +110,8 @@ def test_the_loose_measure_forgives_stars_and_a_line_around_the_answer() -> None
     assert follows_loosely(made("ends_with", text="}"), answer)
     assert follows_loosely(made("starts_with", text="{"), answer)
     assert not follows_loosely(made("lowercase"), "A\nB\nC")
+    assert follows_loosely(made("lowercase"), "So:\nit is")
+    assert follows_loosely(made("lowercase"), "it is\nSo.")
     assert follows_loosely(made("num_bullets", relation="exactly", value=2), "* a\n* b\n")
 
 

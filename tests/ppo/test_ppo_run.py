@@ -12,7 +12,9 @@ from starling.judging.config import JudgeSection
 from starling.models.causal_lm import load_language_model
 from starling.models.reward_model import RewardModel
 from starling.ppo import train as ppo_train
-from starling.ppo.config import PpoInputs, PpoSection
+from starling.ppo.config import PpoInputs, PpoSection, RewardSource
+from starling.ppo.rollout import Collector
+from starling.ppo.scorer import Scorer
 from starling.ppo.select import Validator
 from starling.sft.config import Architecture, SftInputs, SftSection
 from starling.sft.train import run as run_sft
@@ -79,12 +81,12 @@ def speller(tmp_path_factory):
 @pytest.fixture
 def train(speller, prompts, tmp_path, monkeypatch):
     """Run the stage with the letter count as reward; returns summary, metrics and folder."""
-    reward = LetterCount(*_parts(speller))
-    monkeypatch.setattr("starling.ppo.train.RewardModel.load", lambda *_, **__: reward)
+    scorer = Scorer((LetterCount(*_parts(speller)),), lambda each: each[0])
+    monkeypatch.setattr(Scorer, "load", lambda *_, **__: scorer)
 
     def train(judge=None, **settings):
         section = PpoSection.model_validate(TOY | settings)
-        inputs = PpoInputs(str(speller), prompts, "scripted", None, judge)
+        inputs = PpoInputs(str(speller), prompts, (RewardSource(model="scripted"),), None, judge)
         summary = ppo_train.run(section, inputs, tmp_path, single_process_context(1, seed=0))
         rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").open()]
         return summary, rows, tmp_path
@@ -139,9 +141,10 @@ def test_the_checkpoint_that_the_judge_likes_best_is_the_one_that_is_saved(train
     measured = {}
     measure = Validator.measure
 
-    def spy(validator, policy, step):
+    def spy(validator, step):
+        policy = validator.collector.actors.actor_critic.policy
         measured[step] = {name: tensor.clone() for name, tensor in policy.state_dict().items()}
-        return measure(validator, policy, step)
+        return measure(validator, step)
 
     monkeypatch.setattr(Validator, "measure", spy)
     judge = JudgeSection(kind="rubric")
@@ -171,19 +174,21 @@ def test_the_checkpoint_that_the_judge_likes_best_is_the_one_that_is_saved(train
 
 
 def test_nothing_of_the_validation_prompts_is_trained_on(train, monkeypatch):
-    seen = set()
-    sample = ppo_train.sample_responses
+    seen = []
+    collect = Collector.collect
 
-    def spy(engine, codec, batch, *rest, **options):
-        seen.update(prompt.id for prompt in batch)
-        return sample(engine, codec, batch, *rest, **options)
+    def spy(collector, batch, samplings):
+        seen.append({prompt.id for prompt in batch})
+        return collect(collector, batch, samplings)
 
-    monkeypatch.setattr(ppo_train, "sample_responses", spy)
+    monkeypatch.setattr(Collector, "collect", spy)
     _, _, out = train(steps=4)
     kept = [json.loads(line)["id"] for line in (out / "validation" / "step-000000.jsonl").open()]
     assert len(kept) == 16
-    assert len(seen) == 32
-    assert not seen & set(kept)
+    # The start's validation, four rollouts of two epochs, the end's validation.
+    assert [seen[0], seen[-1]] == [set(kept)] * 2
+    assert len(set().union(*seen[1:-1])) == 32
+    assert not set().union(*seen[1:-1]) & set(kept)
 
 
 def test_a_run_on_untrained_models_from_disk_ends_with_a_model_that_loads(prompts, tmp_path):
@@ -192,7 +197,7 @@ def test_a_run_on_untrained_models_from_disk_ends_with_a_model_that_loads(prompt
     section = PpoSection(
         steps=2, rollout_batch=4, max_response_tokens=4, validation_prompts=4, select_every=1
     )
-    inputs = PpoInputs(str(policy), prompts, str(reward), None, None)
+    inputs = PpoInputs(str(policy), prompts, (RewardSource(model=str(reward)),), None, None)
     out = tmp_path / "out"
     summary = ppo_train.run(section, inputs, out, single_process_context(1, seed=0))
     assert summary.figures["selected_step"] == 2

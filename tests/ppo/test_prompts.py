@@ -5,9 +5,10 @@ import logging
 
 import pytest
 
+from starling.base.context import Context
 from starling.base.errors import DataError
 from starling.models.causal_lm import load_language_model
-from starling.ppo.config import PpoInputs, PpoSection
+from starling.ppo.config import PpoInputs, PpoSection, RewardSource
 from starling.ppo.prompts import load_prompts
 from tiny import tiny_policy_folder
 
@@ -33,16 +34,19 @@ def written(path, conversations):
     return path
 
 
-def load(codec, folder, prompts, *, validation=None, seed=0, **settings):
+def load(codec, folder, prompts, *, validation=None, instructions=None, **settings):
+    """Training prompts and held-out ones; of the settings, `seed` and `rank` are the context's."""
+    context = Context(settings.pop("rank", 0), 1, "cpu", 1, seed=settings.pop("seed", 0))
     inputs = PpoInputs(
         policy="policy",
         prompts=written(folder / "prompts.jsonl", prompts),
-        reward_model="reward",
+        reward_models=(RewardSource(model="reward"),),
         validation=None if validation is None else written(folder / "validation.jsonl", validation),
         judge=None,
+        instructions=instructions,
     )
     section = PpoSection.model_validate({"validation_prompts": 4} | settings)
-    return load_prompts(section, inputs, codec, folder, seed=seed)
+    return load_prompts(section, inputs, codec, folder, context)
 
 
 def texts(prompts):
@@ -54,9 +58,10 @@ def test_validation_prompts_are_drawn_by_the_seed_and_kept_apart(codec, tmp_path
     draws = set()
     for seed in (0, 1, 1):
         training, held_out = load(codec, tmp_path, prompts, seed=seed)
-        assert len(held_out) == 4
-        assert sorted(texts(training) + texts(held_out)) == sorted(p[0] for p in prompts)
-        draws.add(tuple(texts(held_out)))
+        assert len(held_out.prompts) == 4
+        assert held_out.instructed == ()
+        assert sorted(texts(training) + texts(held_out.prompts)) == sorted(p[0] for p in prompts)
+        draws.add(tuple(texts(held_out.prompts)))
     assert len(draws) == 2
 
 
@@ -64,9 +69,9 @@ def test_a_prompt_that_stands_twice_is_never_on_both_sides_and_is_validated_once
     prompts = [[f"ask {number % 6}"] for number in range(24)]
     for seed in range(8):
         training, held_out = load(codec, tmp_path, prompts, seed=seed)
-        assert not set(texts(training)) & set(texts(held_out))
+        assert not set(texts(training)) & set(texts(held_out.prompts))
         # Two of one prompt would put the same question to the judge twice, which it refuses.
-        assert len({prompt.id for prompt in held_out}) == len(held_out)
+        assert len({prompt.id for prompt in held_out.prompts}) == len(held_out.prompts)
 
 
 def test_prompts_of_a_validation_file_are_taken_out_of_training(codec, tmp_path):
@@ -77,7 +82,44 @@ def test_prompts_of_a_validation_file_are_taken_out_of_training(codec, tmp_path)
         validation=[["b"], ["x"], ["d"], ["y"], ["z"]],
     )
     assert texts(training) == ["a", "c"]
-    assert texts(held_out) == ["b", "x", "d", "y"]
+    assert texts(held_out.prompts) == ["b", "x", "d", "y"]
+
+
+def test_prompts_with_instructions_are_taken_out_of_training_and_keep_their_instructions(
+    codec, tmp_path
+):
+    row = {
+        "messages": [{"role": "user", "content": "b"}],
+        "instructions": [{"kind": "max_words", "value": 3}],
+    }
+    (tmp_path / "instructions.jsonl").write_text(json.dumps(row) + "\n")
+    training, held_out = load(
+        codec,
+        tmp_path,
+        [["a"], ["b"], ["c"]],
+        validation=[["x"], ["y"]],
+        instructions=tmp_path / "instructions.jsonl",
+    )
+    assert texts(training) == ["a", "c"]
+    assert texts(held_out.prompts) == ["x", "y"]
+    assert texts(held_out.instructed) == ["b"]
+    assert held_out.instructed[0].instructions[0].holds("not more than")
+    assert not held_out.instructed[0].instructions[0].holds("one more than three")
+
+
+def test_bad_rows_are_put_aside_by_the_first_process_alone(codec, tmp_path):
+    good = [[f"ask {number}"] for number in range(200)]
+    for rank, expected in ((1, []), (0, ["quarantine.jsonl"])):
+        folder = tmp_path / str(rank)
+        folder.mkdir()
+        path = written(folder / "prompts.jsonl", good)
+        text = path.read_text()
+        inputs = PpoInputs("policy", path, (RewardSource(model="reward"),), None, None)
+        path.write_text(text + "{}\n")
+        context = Context(rank, 2, "cpu", 1)
+        load_prompts(PpoSection(), inputs, codec, folder, context)
+        kept = [file.name for file in folder.iterdir() if not file.name.startswith(".tmp-")]
+        assert sorted(set(kept) - {"prompts.jsonl"}) == expected
 
 
 def test_long_conversations_lose_their_first_turns_and_long_questions_are_left_out(
@@ -104,7 +146,7 @@ def test_prompts_that_trimming_makes_equal_are_not_on_both_sides(codec, tmp_path
         validation=[["c " * 60, "d", "same end"], ["third"]],
         max_prompt_tokens=60,
     )
-    assert texts(held_out) == ["same end", "third"]
+    assert texts(held_out.prompts) == ["same end", "third"]
     assert texts(training) == ["other"]
 
 

@@ -412,6 +412,13 @@ def test_the_score_of_prompts_that_differ_is_compared_prompt_by_prompt(run: Path
     assert "rises, from 10.00 to 10.10 at step 20" in Page(write_report(run)).text
 
 
+def test_a_score_that_was_higher_before_the_best_gold_is_no_rise(run: Path) -> None:
+    change_scores(run, 0, [2.0] * 8)
+    assert "rises, from 0.50 to 1.00 at step 20" in Page(write_report(run)).text
+    change_scores(run, 20, [0.5] * 8)
+    assert "does not rise after it" in Page(write_report(run)).text
+
+
 def test_gold_that_is_not_told_from_its_highest_is_no_overoptimisation(run: Path) -> None:
     rows = validation_rows(20)
     # One prompt of eight is worse, and a third of the resamples miss it: (7 / 8) ** 8 = 0.34.

@@ -1,17 +1,12 @@
 """Whatever ends a run, the same call then leaves the bytes of a run that nothing disturbed.
 
-The runs are forked after the imports, so that each takes no longer than its few steps; the child
-ends itself at a chosen point with SIGKILL, which no handler and no `finally` survives.  More
-points, at random times and through the command line: tools/kill_test.py.
+What ppo carries from step to step has a file of its own, test_ppo_resume.py.  More points, at
+random times and through the command line: tools/kill_test.py.
 """
 
-import hashlib
-import itertools
 import json
 import logging
-import os
 import signal
-import traceback
 from pathlib import Path
 
 import pytest
@@ -21,8 +16,14 @@ import starling.bench.run
 import starling.ppo.train
 import starling.reward.train
 import starling.sft.train  # noqa: F401
-from starling.base import checkpoint
-from starling.base.errors import Stopped
+from resume.kills import (
+    contents,
+    die_after_step,
+    die_in,
+    die_in_half_a_save,
+    in_child,
+    send_self,
+)
 from starling.base.jsonl import write_records
 from starling.base.metrics import MetricsLog
 from starling.models import causal_lm
@@ -67,7 +68,7 @@ RECIPES = {
             "reward_model": "scorer",
             "validation_prompts": 4,
             "steps": STEPS,
-            "rollout_batch": 3,
+            "rollout_batch": 4,
             "samples_per_prompt": 2,
             "ppo_epochs": 2,
             "minibatches": 2,
@@ -127,75 +128,12 @@ def run(stage, inputs, out):
 
 
 def run_in_child(stage, inputs, out, prepare=lambda: None):
-    """Run in a fork, after `prepare` there; returns its exit status, negative for a signal."""
-    child = os.fork()
-    if child == 0:
-        status = 99
-        try:
-            prepare()
-            run(stage, inputs, out)
-            status = 0
-        except Stopped as stopped:
-            status = stopped.exit_code
-        except BaseException:  # noqa: B036
-            traceback.print_exc()
-        finally:
-            os._exit(status)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
-def send_self(number, owner, name, count):
-    """Have the `count`-th call of owner.name send this process a signal before it does its work."""
-    original = getattr(owner, name)
-    calls = itertools.count(1)
-
-    def wrapped(*arguments, **options):
-        if next(calls) == count:
-            os.kill(os.getpid(), number)
-        return original(*arguments, **options)
-
-    setattr(owner, name, wrapped)
-
-
-def die_after_step(step):
-    """Metrics of the step are written, nothing else: each step logs to metrics, then to timing."""
-    return lambda: send_self(signal.SIGKILL, MetricsLog, "log", 2 * step)
-
-
-def die_in_half_a_save():
-    """The second checkpoint's tensors are half on disk, under the temporary name."""
-    original = checkpoint.save_file
-    calls = itertools.count(1)
-
-    def half(tensors, path):
-        original(tensors, path)
-        if next(calls) == 2:
-            os.truncate(path, path.stat().st_size // 2)
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    checkpoint.save_file = half
+    return in_child(lambda: run(stage, inputs, out), prepare)
 
 
 def die_in_the_model(stage):
     """The final model's weights are written, its tokenizer is not; sft keeps another before it."""
-    count = 2 if stage == "sft" else 1
-    return lambda: send_self(signal.SIGKILL, causal_lm, "save_tokenizer", count)
-
-
-def contents(out):
-    """Every file's hash, but for wall-clock and the lock; of the manifest what it says was made."""
-    found = {}
-    for path in sorted(out.rglob("*")):
-        name = path.relative_to(out).as_posix()
-        if not path.is_file() or path.name in ("timing.jsonl", ".lock"):
-            continue
-        content = path.read_bytes()
-        if path.name == "manifest.json":
-            manifest = json.loads(content)
-            made = [manifest["key"], manifest["outputs"], manifest["summary"]["figures"]]
-            content = json.dumps(made).encode()
-        found[name] = hashlib.sha256(content).hexdigest()
-    return found
+    return die_in(causal_lm, "save_tokenizer", 2 if stage == "sft" else 1)
 
 
 @pytest.fixture(scope="module")

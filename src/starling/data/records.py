@@ -121,6 +121,8 @@ class Prompt(_Asked):
 
     answers: tuple[Answer, ...] = Field(default=(), strict=False)
     """Answers that are there already, to be ranked beside new ones: a Nectar row's, unranked."""
+    good_natured: bool | None = None
+    """Whether answering is right: of the others, whose share is answered is measured."""
 
 
 class Question(Record):

@@ -4,7 +4,6 @@ An answer is what a responder said; a failed call or an empty text is counted an
 less.  Answers of one prompt that say the same are merged: a judge cannot order them.
 """
 
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, contextmanager
@@ -21,19 +20,6 @@ from starling.judging.recorded import Recorded
 from starling.models.interfaces import Failure, Reply, Request, Responder, Sampling
 
 A = TypeVar("A", bound=Answer)
-
-REFUSAL = re.compile(
-    r"\W*(?:[^.!?\n]{0,60}\b(?:sorry|apologi[sz]e|unfortunately|as an ai)\b[^\n]{0,80}?)?"
-    r"\b(?:I|we)(?:['\u2019]m| am|['\u2019]re| are)? "
-    r"(?:(?:must|will have to|have to) (?:\w+ly )?(?:decline|refuse)"
-    r"|(?:can(?:not|['\u2019]t)|can not|won['\u2019]t|will not|unable to|not able to) (?:\w+ly )?"
-    # Not praise: "I cannot recommend it enough".
-    r"(?!help but\b|recommend[^.,;!?\n]* enough\b)"
-    r"(?:help|assist|provide|fulfill?|comply|answer|support|write|generate|create|discuss|share"
-    r"|offer|give|engage|participate|condone|promote|encourage|recommend|do that|do this))\b",
-    re.IGNORECASE,
-)
-"""How an English refusal begins; others are not recognised."""
 
 
 class AnswerSet(NamedTuple):
@@ -103,11 +89,6 @@ def collect_answers(
             outcomes += ((each.name, found[id]) for id in ids if id in found)
         sets.append(_answer_set(prompt, outcomes))
     return sets
-
-
-def is_refusal(text: str) -> bool:
-    """Whether a text opens as a refusal in English does: an apology, or "I can't help with"."""
-    return REFUSAL.match(text[:200]) is not None
 
 
 def distinct_answers(answers: Iterable[A]) -> tuple[A, ...]:

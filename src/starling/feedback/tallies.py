@@ -16,7 +16,7 @@ from pydantic import BaseModel, Field
 from starling.base.estimate import mean_of_sums
 from starling.data.nectar import dedup_key
 from starling.data.records import RankingRow
-from starling.feedback.candidates import is_refusal
+from starling.judging.refusals import is_refusal
 
 NUM_EXAMPLES, EXAMPLE_CHARS = 3, 200
 FIFTHS = 5

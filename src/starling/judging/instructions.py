@@ -173,5 +173,5 @@ _FORMS: dict[str, Callable[[str], bool]] = {
     "uppercase": lambda text: text == text.upper(),
     "no_comma": lambda text: "," not in text,
     "json": _is_json,
-    "quoted": lambda text: len(text) > 1 and text[0] == text[-1] == '"',
+    "quoted": lambda text: text[0] == text[-1] == '"',
 }

@@ -203,29 +203,51 @@ class PpoSection(Section):
 
     def _problems(self) -> Iterator[str]:
         episodes = self.rollout_batch * self.samples_per_prompt
-        if self.rollout_batch % self.minibatches:
-            yield f"minibatches: {self.minibatches} does not divide {self.rollout_batch} prompts"
-        if self.kl_target is not None and self.kl_coef == 0:
-            yield "kl_coef: 0 can never grow towards kl_target; set it above 0"
-        if self.kl_target is not None and 0.2 * episodes / self.kl_horizon >= 1:
-            yield (
+        is_adaptive = self.kl_target is not None
+        has_critic = self.advantages == "gae"
+        from_reward = self.critic == "reward-model"
+        served = [source for source in self.reward_models if source.url is not None]
+        checks = (
+            (
+                self.rollout_batch % self.minibatches != 0,
+                f"minibatches: {self.minibatches} does not divide {self.rollout_batch} prompts",
+            ),
+            (
+                is_adaptive and self.kl_coef == 0,
+                "kl_coef: 0 can never grow towards kl_target; set it above 0",
+            ),
+            (
+                is_adaptive and 0.2 * episodes / self.kl_horizon >= 1,
                 f"kl_horizon: {self.kl_horizon} is too short for {episodes} episodes an iteration: "
-                f"the controller could multiply kl_coef by 0; set it above {episodes // 5}"
-            )
-        if self.advantages != "gae" and self.samples_per_prompt < 2:
-            yield f"samples_per_prompt: {self.advantages} compares a prompt's samples; set 2 or up"
-        if self.advantages != "gae" and (self.critic_warmup or self.critic_gate is not None):
-            yield f"advantages: {self.advantages} has no critic to warm up or to gate"
-        if self.reward_model is not None and self.reward_models:
-            yield "reward_models: stands beside reward_model; name all models there"
-        if self.critic == "reward-model" and len(self.reward_models) > 1:
-            yield "critic: reward-model needs one reward model; set shared or separate"
-        if self.critic == "reward-model" and any(each.url for each in self.reward_models):
-            yield "critic: reward-model needs the weights in this process; set shared or separate"
-        if self.critic == "reward-model" and self.train in ("top", "head"):
-            yield f"critic: reward-model shares no trunk with train: {self.train}; set separate"
-        if self.steps <= self.critic_warmup:
-            yield f"critic_warmup: {self.critic_warmup} of {self.steps} steps leave the policy none"
+                f"the controller could multiply kl_coef by 0; set it above {episodes // 5}",
+            ),
+            (
+                not has_critic and self.samples_per_prompt < 2,
+                f"samples_per_prompt: {self.advantages} compares a prompt's samples; set 2 or up",
+            ),
+            (
+                not has_critic and bool(self.critic_warmup or self.critic_gate),
+                f"advantages: {self.advantages} has no critic to warm up or to gate",
+            ),
+            (
+                self.reward_model is not None and bool(self.reward_models),
+                "reward_models: stands beside reward_model; name all models there",
+            ),
+            (
+                from_reward and (len(self.reward_models) > 1 or bool(served)),
+                "critic: reward-model needs one reward model, with its weights in this process; "
+                "set shared or separate",
+            ),
+            (
+                from_reward and self.train in ("top", "head"),
+                f"critic: reward-model shares no trunk with train: {self.train}; set separate",
+            ),
+            (
+                self.steps <= self.critic_warmup,
+                f"critic_warmup: {self.critic_warmup} of {self.steps} steps leave the policy none",
+            ),
+        )
+        return (problem for is_wrong, problem in checks if is_wrong)
 
 
 @dataclass(frozen=True)

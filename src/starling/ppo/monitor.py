@@ -11,7 +11,7 @@ from torch import Tensor
 
 from starling.base.masked import masked_mean, masked_var
 from starling.ppo.advantage import Advantages
-from starling.ppo.kl import k1, k2, k3, sequence_kl
+from starling.ppo.kl import KlController, k1, k2, k3, sequence_kl
 from starling.ppo.rewards import length_correlation
 from starling.ppo.rollout import Rollout
 
@@ -44,7 +44,9 @@ def with_field_names(metrics: Mapping[str, float]) -> dict[str, float]:
     return {**metrics, **known}
 
 
-def rollout_metrics(rollout: Rollout, rewards: Float[Tensor, "B T"]) -> dict[str, float]:
+def rollout_metrics(
+    rollout: Rollout, rewards: Float[Tensor, "B T"], controller: KlController
+) -> dict[str, float]:
     """What an iteration's rollouts looked like before the update; `rewards` are per token.
 
     A figure that is not defined is left out: a correlation where scores or lengths are all equal.
@@ -67,6 +69,10 @@ def rollout_metrics(rollout: Rollout, rewards: Float[Tensor, "B T"]) -> dict[str
         "ppo/sampler_mismatch_p95": float(mismatch.quantile(0.95)),
         "ppo/sampler_mismatch_max": float(mismatch.max()),
     }
+    metrics["ppo/kl_coef"] = controller.coef
+    is_within = controller.band(metrics["ppo/sequence_kl"])
+    if is_within is not None:
+        metrics["ppo/kl_in_band"] = float(is_within)
     if len(rollout.each_score) > 1:
         metrics["ppo/score_disagreement"] = float(
             rollout.each_score.std(dim=0, correction=0).mean()

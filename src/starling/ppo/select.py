@@ -20,6 +20,7 @@ from starling.base.seeding import derive_seed
 from starling.data.records import Prompt
 from starling.judging.instructions import InstructedPrompt, share_followed
 from starling.judging.judge import GradedAnswer, Judge, Rating
+from starling.judging.refusals import is_refusal
 from starling.models.interfaces import Sampling
 from starling.ppo.config import PpoSection
 from starling.ppo.kl import k1, sequence_kl
@@ -38,6 +39,10 @@ class Validation:
     response_tokens: float
     followed: float | None = None
     """Share of verifiable instructions followed by greedy answers; None without any."""
+    refused_good: float | None = None
+    """Share of good-natured prompts whose answer opens with a refusal; None where none is known."""
+    answered_ill: float | None = None
+    """Share of the others whose answer does not; likewise."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +88,8 @@ class Validator:
             kl=asdict(bootstrap_mean(kl.tolist(), seed=self.seed)),
             response_tokens=float(answers.response_tokens.float().mean()),
             followed=self._followed(),
+            refused_good=_share(answers, good_natured=True, refused=True),
+            answered_ill=_share(answers, good_natured=False, refused=False),
         )
 
     def _followed(self) -> float | None:
@@ -121,6 +128,15 @@ class Validator:
                 f"example: {failed.reason}); no checkpoint can be selected. Check the judge"
             )
         return read
+
+
+def _share(answers: Rollout, *, good_natured: bool, refused: bool) -> float | None:
+    """Of the prompts of this nature, the share whose answer refuses, or does not."""
+    rows = zip(answers.prompts, answers.texts, strict=True)
+    found = [
+        is_refusal(text) is refused for prompt, text in rows if prompt.good_natured is good_natured
+    ]
+    return sum(found) / len(found) if found else None
 
 
 def is_eligible(candidate: Validation, start: Validation, section: PpoSection) -> bool:
@@ -187,8 +203,10 @@ class Selection:
             "ppo/validation_tokens": validation.response_tokens,
             "ppo/validation_eligible": int(eligible),
         }
-        if validation.rating is not None:
-            metrics["ppo/validation_rating"] = validation.rating
-        if validation.followed is not None:
-            metrics["ppo/validation_followed"] = validation.followed
-        return metrics
+        known = {
+            "ppo/validation_rating": validation.rating,
+            "ppo/validation_followed": validation.followed,
+            "ppo/validation_refused_good": validation.refused_good,
+            "ppo/validation_answered_ill": validation.answered_ill,
+        }
+        return metrics | {name: value for name, value in known.items() if value is not None}

@@ -63,7 +63,7 @@ def run(section: PpoSection, inputs: PpoInputs, out: Path, context: Context) -> 
             coef = state.controller.coef
             rewards = shape_rewards(scores, kl, rollout.response_mask, kl_coef=coef)
             estimated = stage.estimate(rewards, rollout, section)
-            metrics = rollout_metrics(rollout, rewards) | {"ppo/kl_coef": coef}
+            metrics = rollout_metrics(rollout, rewards, state.controller)
             metrics |= stage.critic_metrics(rollout, estimated)
             if state.may_learn(step + 1, metrics, rollout, out, context):
                 estimated = whitened(estimated, rollout, section)
