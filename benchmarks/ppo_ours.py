@@ -42,7 +42,7 @@ from starling.ppo.actor_critic import build_actors, made_by
 from starling.ppo.advantage import Advantages, shape_rewards
 from starling.ppo.config import PpoSection
 from starling.ppo.estimate import estimator, whitened
-from starling.ppo.kl import k1
+from starling.ppo.kl import KlController, k1
 from starling.ppo.monitor import critic_metrics, rollout_metrics
 from starling.ppo.rollout import Collector, Rollout, Row, rollout_of
 from starling.ppo.setup import optimizer_of
@@ -199,7 +199,7 @@ class Ours:
         kl = k1(rollout.old_logprobs, rollout.ref_logprobs)
         rewards = shape_rewards(rollout.scores, kl, rollout.response_mask, kl_coef=section.kl_coef)
         estimated = estimator(section)(rewards, rollout, section)
-        rollout_metrics(rollout, rewards)
+        rollout_metrics(rollout, rewards, KlController(section.kl_coef))
         critic_metrics(rollout, estimated)
         return rollout, whitened(estimated, rollout, section)
 

@@ -371,7 +371,7 @@ READERS = {
     "sft": ("sft", "models", "inputs.py"),
     "feedback": ("feedback", "inputs.py", "models/endpoint.py"),
     "reward": ("reward", "models/training.py", "models/adapters.py", "inputs.py"),
-    "ppo": ("ppo", "models/training.py", "inputs.py"),
+    "ppo": ("ppo", "models/training.py", "models/adapters.py", "inputs.py"),
     "bench": ("bench", "inputs.py"),
     "run": ("pipeline.py", "cli.py", "base/spending.py"),
 }
@@ -393,8 +393,12 @@ def test_every_field_is_read_somewhere(section):
 
 
 def names_read(tree: ast.AST) -> set[str]:
-    """What is read as an attribute, or by its name in square brackets."""
+    """What is read as an attribute, by its name in square brackets, or by a guard of that name."""
     names = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    calls = (node for node in ast.walk(tree) if isinstance(node, ast.Call) and node.args)
+    for call in calls:
+        if isinstance(call.func, ast.Name) and call.func.id == "Guard":
+            names |= {each.value for each in call.args[:1] if isinstance(each, ast.Constant)}
     keys = (node.slice for node in ast.walk(tree) if isinstance(node, ast.Subscript))
     return names | {
         key.value for key in keys if isinstance(key, ast.Constant) and isinstance(key.value, str)

@@ -64,7 +64,7 @@ def _start(kind: str) -> LanguageModel:
         else:  # does not pack
             config = BloomConfig(vocab_size=300, hidden_size=32, n_layer=2, n_head=4)
             model = BloomForCausalLM(config)
-    sharpen(model, 4.0)
+    sharpen(model, 4.0 if kind == "gpt2" else 12.0)
     return LanguageModel(model.eval(), start.codec)
 
 

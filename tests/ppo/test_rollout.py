@@ -29,7 +29,8 @@ OTHERS = {
     f"{kind}, {name}": (kind, settings)
     for kind in ("gpt2", "bloom")
     for name, settings in CASES.items()
-    if name in ("full, shared, 0.7", "full, three samples, separate", "top, shared", "lora, separate, 0.7")
+    if name
+    in ("full, shared, 0.7", "full, three samples, separate", "top, shared", "lora, separate, 0.7")
 }
 
 

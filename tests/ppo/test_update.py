@@ -517,9 +517,7 @@ def test_a_loss_that_is_no_number_stops_the_run_before_the_weights_move(bad):
 
 def test_bfloat16_is_for_products_alone():
     exact = after_a_drift(make(samples_per_prompt=3, critic="separate"))
-    rounded = after_a_drift(
-        make(samples_per_prompt=3, critic="separate", precision="bfloat16")
-    )
+    rounded = after_a_drift(make(samples_per_prompt=3, critic="separate", precision="bfloat16"))
     assert rounded.rollout.old_logprobs.dtype == torch.float32
     weights = Weights(1.0, 0.1)
     estimated = made_advantages(exact.rollout)

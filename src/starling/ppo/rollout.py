@@ -7,7 +7,7 @@ Shapes: B rollouts, T response tokens (padded on the right).  Masks: True = keep
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -22,7 +22,7 @@ from starling.models.interfaces import Engine, GenerationRequest, Sample, Sampli
 from starling.models.parallel import Forward, filled_up, from_everyone
 from starling.models.reward_model import Scored
 from starling.models.trunk import Trunk, TrunkStates
-from starling.ppo.actor_critic import Actors
+from starling.ppo.actor_critic import Actors, Evaluated
 from starling.ppo.bundles import Bundle, Ids, Reading, bundle, bundle_batches
 from starling.ppo.config import PpoSection
 from starling.ppo.scorer import Scorer
@@ -69,6 +69,8 @@ class Rollout:
     """Rows that this process computes."""
     trunk: Mapping[Ids | int, TrunkStates] = field(default_factory=dict)
     """States by prompt, and by row of its response; empty where nothing is reused."""
+    live: Evaluated | None = None
+    """The evaluation with its graph, where the first optimizer step would only compute it again."""
 
     @property
     def response_tokens(self) -> Tensor:
@@ -107,7 +109,9 @@ class Collector:
     section: PpoSection
     context: Context
 
-    def collect(self, prompts: Sequence[Prompt], samplings: Sequence[Sampling]) -> Rollout:
+    def collect(
+        self, prompts: Sequence[Prompt], samplings: Sequence[Sampling], *, will_learn: bool = False
+    ) -> Rollout:
         """One response for each prompt (neighbours may be equal), in the prompts' order."""
         context = self.context
         group = _groups(prompts)
@@ -118,14 +122,15 @@ class Collector:
             self.engine, self.codec, [prompts[row] for row in own], [samplings[row] for row in own]
         )
         rows = self._score([prompts[row] for row in own], sampled)
-        rows, trunk = self._evaluate(rows, own)
+        rows, trunk, live = self._evaluate(rows, own, will_learn=will_learn)
         by_place = {
             place: row
             for part in from_everyone(list(zip(own, rows, strict=True)), context)
             for place, row in part
         }
         ordered = [by_place[place] for place in range(len(prompts))]
-        return rollout_of(prompts, group, ordered, own=own, trunk=trunk, device=context.device)
+        rollout = rollout_of(prompts, group, ordered, own=own, trunk=trunk, device=context.device)
+        return replace(rollout, live=live)
 
     def _score(self, prompts: Sequence[Prompt], sampled: Sequence[Sampled]) -> list[Row]:
         """Scores of the responses, re-rendered from text in each reward model's own format."""
@@ -154,9 +159,13 @@ class Collector:
 
     @torch.no_grad()
     def _evaluate(
-        self, rows: Sequence[Row], places: Sequence[int]
-    ) -> tuple[list[Row], dict[Ids | int, TrunkStates]]:
-        """Add the trainer's own logprobs, the reference's, and the values of response tokens."""
+        self, rows: Sequence[Row], places: Sequence[int], *, will_learn: bool
+    ) -> tuple[list[Row], dict[Ids | int, TrunkStates], Evaluated | None]:
+        """Add the trainer's own logprobs, the reference's, and the values of response tokens.
+
+        Where all of it is one forward and one minibatch, nothing changes before the first optimizer
+        step, whose forward this then is.
+        """
         section, device = self.section, self.context.device
         trunk, kept = self.actors.actor_critic.trunk, {}
         bundles = bundle(
@@ -169,11 +178,15 @@ class Collector:
             bundles, device, tokens=section.tokens_per_forward, most=section.microbatch
         )
         done = list(rows)
+        is_alone = len(batches) == section.minibatches == self.context.world_size == 1
+        live = None
         for batch, counts in filled_up(batches, self.context, filler=batches[-1]):
             reading = Reading(batch, device)
             states = None if trunk is None else self.forward(trunk.states, reading.packed)
             given = reading, states, section.temperature
-            old = self.forward(self.actors.actor_critic.evaluate, *given)
+            with torch.set_grad_enabled(will_learn and is_alone):
+                old = self.forward(self.actors.actor_critic.evaluate, *given)
+                live = old if torch.is_grad_enabled() else None
             reference = self.forward(self.actors.reference_logprobs, *given)
             if not counts:
                 continue
@@ -188,7 +201,7 @@ class Collector:
                 done[row] = rows[row]._replace(
                     old_logprobs=found[0], ref_logprobs=found[1], old_values=found[2]
                 )
-        return done, kept
+        return done, kept, live
 
 
 def sample_responses(

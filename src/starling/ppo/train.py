@@ -57,7 +57,8 @@ def run(section: PpoSection, inputs: PpoInputs, out: Path, context: Context) -> 
             state.selection.add(validator.measure(0), dict, section)
         for step in range(snapshot.step, section.steps):
             batch = chosen_prompts(prompts, section, step, context.seed)
-            rollout = stage.collector.collect(batch, samplings(section, step, context.seed))
+            drawn = samplings(section, step, context.seed)
+            rollout = stage.collector.collect(batch, drawn, will_learn=True)
             scores, state.moments = shaped_scores(rollout, state.moments, section)
             kl = k1(rollout.old_logprobs, rollout.ref_logprobs)
             coef = state.controller.coef

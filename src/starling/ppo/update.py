@@ -8,7 +8,7 @@ Shapes: b rows of a micro-batch, T response tokens.  Masks: True = keep.
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
@@ -100,6 +100,7 @@ def update(
     for epoch in range(section.ppo_epochs):
         for rows in minibatches(rollout, section.minibatches, seed=seed, step=step, epoch=epoch):
             measured = optimize(learner, rollout, estimated, rows, step=step)
+            rollout = replace(rollout, live=None)
             for name, value in measured.items():
                 totals[name].append(value)
     means = {name: sum(values) / len(values) for name, values in totals.items()}
@@ -207,7 +208,9 @@ def _micro_batch(
     section, actor_critic = learner.section, learner.actor_critic
     reading = Reading(batch, learner.context.device)
     trunk = rollout.trunk_states(actor_critic.trunk, batch)
-    flat = learner.forward(actor_critic.evaluate, reading, trunk, section.temperature)
+    flat = rollout.live if torch.is_grad_enabled() else None
+    if flat is None:
+        flat = learner.forward(actor_critic.evaluate, reading, trunk, section.temperature)
     rows = reading.rows
     width = max(len(rollout.response_ids[row]) for row in rows)
     mask = rollout.response_mask[rows, :width]
