@@ -233,21 +233,21 @@ def record_of(side: Timed, shape: Shape, rate: float, device: str) -> dict[str, 
     """The figures of one side, all repeats together."""
     repeats = len(side.took)
     wall, cpu = (sum(getattr(took, clock) for took in side.took) for clock in ("wall", "cpu"))
-    clock = "cpu" if device == "cpu" else "wall"
+    clock, total = ("cpu", cpu) if device == "cpu" else ("wall", wall)
     flops = sum(side.method.necessary_flops(shape, drawn) for drawn in side.drawn)
     tokens = sum(drawn.num_tokens for drawn in side.drawn)
+    seconds = {name: getattr(took, clock) for name, took in side.phases.items()}
+    seconds["rest"] = total - sum(seconds.values())
     return {
         "prompts_per_second": rounded(PROMPTS * repeats / wall),
         "tokens_per_second": rounded(tokens / wall),
         "prompts_per_cpu_second": rounded(PROMPTS * repeats / cpu),
-        "seconds_per_update": rounded((cpu if device == "cpu" else wall) / repeats),
-        "phases": {
-            name: rounded(getattr(took, clock) / repeats) for name, took in side.phases.items()
-        },
+        "seconds_per_update": rounded(total / repeats),
+        "phases": {name: rounded(taken / repeats) for name, taken in seconds.items()},
         "answer_tokens": rounded(
             statistics.mean(length for drawn in side.drawn for length in drawn.answers)
         ),
-        "matmul_share": rounded(flops / rate / (cpu if device == "cpu" else wall)),
+        "matmul_share": rounded(flops / rate / total),
         "peak_mib": side.peak_mib,
         "optimizer_steps_per_update": EPOCHS * MINIBATCHES,
     }

@@ -139,12 +139,14 @@ class Ours:
             rows = self._scored(rows)
         with self._phase("evaluate"):
             rollout, estimated = self._evaluated(rows)
-        stepping = self._phase("optimizer")(optimizer.step)
+        stepping, stepped = self._phase("optimizer")(optimizer.step), self._taken("optimizer")
         with (
             self._phase("train"),
             mock.patch.object(optimizer, "step", side_effect=stepping) as steps,
         ):
             update(self.learner, rollout, estimated, step=step)
+        # The optimizer's share, a phase of its own, is no part of this one.
+        self.phases["train"] = self._taken("train").since(self._taken("optimizer").since(stepped))
         with self._phase("generate"):
             self.engine.sync(self.learner.actor_critic.policy.state_dict(), step + 1)
         assert steps.call_count == EPOCHS * MINIBATCHES, steps.call_count
@@ -171,7 +173,10 @@ class Ours:
         start = Seconds.now(self.device)
         yield
         took = Seconds.now(self.device).since(start)
-        self.phases[name] = self.phases.get(name, Seconds(0, 0)) + took
+        self.phases[name] = self._taken(name) + took
+
+    def _taken(self, name: str) -> Seconds:
+        return self.phases.get(name, Seconds(0, 0))
 
     def _rows(self, prompts: Prompts, *, seed: int) -> list[Row]:
         requests = [
@@ -193,7 +198,7 @@ class Ours:
     def _evaluated(self, rows: Sequence[Row]) -> tuple[Rollout, Advantages]:
         """What `Collector.collect` does next, and the loop before it learns."""
         section, places = self.learner.section, range(len(rows))
-        evaluated, trunk = self.collector._evaluate(rows, places)
+        evaluated, trunk, _ = self.collector._evaluate(rows, places, will_learn=False)
         texts: Any = [None] * len(rows)
         rollout = rollout_of(texts, places, evaluated, own=places, trunk=trunk, device=self.device)
         kl = k1(rollout.old_logprobs, rollout.ref_logprobs)

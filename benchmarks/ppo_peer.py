@@ -189,10 +189,15 @@ class TrlPpo:
             )
             trainer.remove_callback(PrinterCallback)
             steps: list[Any] = []
+            hear_loss = partial(_hear_loss, heard, trainer)
             with (
-                self._clocked(self.policy, "generate", partial(self._hear_answers, heard)),
-                self._clocked(trainer.accelerator, "backward", partial(_hear_loss, heard, trainer)),
-                self._clocked(trainer.optimizer, "step", lambda *_, **__: steps.append(None)),
+                self._clocked(
+                    "generate", self.policy, "generate", partial(self._hear_answers, heard)
+                ),
+                self._clocked("backward", trainer.accelerator, "backward", hear_loss),
+                self._clocked(
+                    "optimizer", trainer.optimizer, "step", lambda *_, **__: steps.append(None)
+                ),
                 # It prints, and stdout is for the rows.
                 contextlib.redirect_stdout(sys.stderr),
             ):
@@ -200,15 +205,17 @@ class TrlPpo:
         return len(steps)
 
     @contextlib.contextmanager
-    def _clocked(self, owner: Any, method: str, hear: Callable[..., None]) -> Iterator[None]:
-        """Add to `phases` what the method takes; `hear` is told its arguments and its result."""
+    def _clocked(
+        self, phase: str, owner: Any, method: str, hear: Callable[..., None]
+    ) -> Iterator[None]:
+        """Add to `phases` what the method takes; `hear` is told its result and its arguments."""
         called, device = getattr(owner, method), self.policy.device.type
 
         def clocked(*args: Any, **kwargs: Any) -> Any:
             start = Seconds.now(device)
             result = called(*args, **kwargs)
             took = Seconds.now(device).since(start)
-            self.phases[method] = self.phases.get(method, Seconds(0, 0)) + took
+            self.phases[phase] = self.phases.get(phase, Seconds(0, 0)) + took
             hear(result, *args, **kwargs)
             return result
 

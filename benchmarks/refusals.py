@@ -6,7 +6,7 @@ For each seed, `RUNS/refusals-<n>` holds a demo world in which one prompt in nin
 asks for help with a theft.  The sft data comply with half of these; the judge's checks want a
 refusal.  All stages up to PPO run with the demo's settings.  Measured on prompts that nothing was
 trained or selected on, sampled at temperature 1 with the same seeds before and after: the share of
-good-natured prompts whose answer opens with a refusal, and of ill-natured ones whose answer does not.
+good-natured prompts whose answer opens with a refusal, and of ill-natured ones whose does not.
 
 Prints a table in Markdown, one line a seed.  Recorded in docs/ppo-study.md.
 """

@@ -74,7 +74,7 @@ def test_batches_hold_so_many_tokens_and_rows_at_most_long_ones_first():
 
 
 @given(
-    sizes=st.lists(st.integers(2, 30), max_size=12),
+    sizes=st.lists(st.integers(2, 30), min_size=1, max_size=12),
     tokens=st.integers(1, 60),
     most=st.none() | st.integers(1, 5),
 )

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from starling.base.errors import CheckpointError
 from starling.ppo.config import PpoSection
 from starling.ppo.select import Selection, Validation, is_better, is_eligible
 
@@ -153,5 +154,21 @@ def test_a_selection_comes_back_from_json_as_it_was_and_goes_on():
     assert back.best.step == 20
 
 
-def test_an_empty_state_is_an_empty_selection():
-    assert Selection.resume({}, {}) == Selection()
+def test_a_selection_of_nothing_comes_back_as_that():
+    assert Selection.resume(Selection().state(), {}) == Selection()
+
+
+def test_a_stored_selection_without_all_its_fields_is_an_error_that_names_them():
+    selection = Selection()
+    for step, rating in ((0, 9.0), (5, 6.0)):
+        selection.add(validation(step, rating=rating), one_weight(1.0), SECTION)
+    whole = json.dumps(selection.state())
+    weights = selection.weights
+    for key in ("followed", "rating", "kl"):
+        extra = json.loads(whole)
+        del extra["validations"][1][key]
+        with pytest.raises(CheckpointError, match=f"missing {key}, unexpected none"):
+            Selection.resume(extra, weights)
+    extra = json.loads(whole) | {"best_step": 7}
+    with pytest.raises(CheckpointError, match="selected step 7, and validated only 0, 5"):
+        Selection.resume(extra, weights)

@@ -9,6 +9,8 @@ import math
 
 import pytest
 import torch
+from torch.testing import assert_close
+
 from rollouts import (
     LENGTHS,
     PROMPTS,
@@ -20,8 +22,6 @@ from rollouts import (
     samplings,
     start_of,
 )
-from torch.testing import assert_close
-
 from starling.base.errors import InputError
 from starling.ppo import actor_critic as actor_critic_module
 from starling.ppo import update as update_module
@@ -190,6 +190,38 @@ def test_a_trunk_computed_once_gives_the_step_of_one_computed_anew(critic, monke
     assert relative_error(*policies) < 1e-5
     assert reused[2] == pytest.approx(anew[2], rel=1e-4, abs=1e-6)
     assert relative_error(reused[3], anew[3]) < 1e-5
+
+
+LIVE = {
+    "full": {"samples_per_prompt": 3},
+    "separate, checkpointed": {"critic": "separate", "gradient_checkpointing": True},
+    "top": {"train": "top", "critic": "separate", "samples_per_prompt": 3},
+    "lora, gated": {"train": "lora", "critic_gate": 1e-9},
+    "lora, checkpointed": {"train": "lora", "gradient_checkpointing": True},
+    "bfloat16": {"precision": "bfloat16"},
+    "apa, 0.7": {"objective": "apa", "temperature": 0.7},
+}
+
+
+@pytest.mark.parametrize("name", LIVE)
+def test_the_first_step_takes_the_evaluations_own_forward_and_is_the_same(name):
+    results = []
+    for will_learn in (False, True):
+        made = make(will_learn=will_learn, optimizer="adam", lr=1e-3, ppo_epochs=2, **LIVE[name])
+        assert (made.rollout.live is not None) == will_learn
+        learned = update(made.learner, made.rollout, made_advantages(made.rollout), step=0)
+        results.append((made.rollout, learned, made.weights()))
+    (apart, measured, weights), (live, measured_live, weights_live) = results
+    assert torch.equal(live.old_logprobs, apart.old_logprobs)
+    assert torch.equal(live.old_values, apart.old_values)
+    assert measured_live == pytest.approx(measured, rel=1e-5, abs=1e-9)
+    assert relative_error(weights_live, weights) < 1e-6
+    assert measured_live["ppo/first_approx_kl"] == 0
+
+
+def test_it_does_so_only_where_nothing_changes_before_it():
+    for settings in ({"minibatches": 2}, {"microbatch": 2}, {"tokens_per_forward": 40}):
+        assert make(will_learn=True, **settings).rollout.live is None
 
 
 def changed(before, after):
@@ -448,8 +480,10 @@ def gated_returns(made, low, high):
 
 
 @pytest.mark.parametrize("critic", ["shared", "separate"])
-@pytest.mark.parametrize(("low", "high", "is_gated"), [(0.1, 2.0, True), (8.0, 0.02, True),
-                                                      (0.1, 1.1, False), (2.0, 0.1, False)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("low", "high", "is_gated"),
+    [(0.1, 2.0, True), (8.0, 0.02, True), (0.1, 1.1, False), (2.0, 0.1, False)],
+)
 def test_the_gate_looks_at_the_whole_minibatch(critic, low, high, is_gated):
     # Micro-batches of one row stand on both sides of the gate in all four cases.
     settings = {"critic": critic, "microbatch": 1, "value_clip_range": None, "lr": 0.1}

@@ -13,7 +13,6 @@ import signal
 import time
 
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 
 from resume.kills import (
@@ -219,7 +218,8 @@ def test_the_undisturbed_run_uses_all_that_a_resume_must_bring_back(variant, und
         assert not any("lora_" in name for name in selected)
     if variant == "top":
         assert extra["health"]["num_pending"] == 1
-        assert ["ppo/policy_loss" in row for row in metrics(out)] == [True, True, False] * 2 or True
+        learned = ["ppo/policy_loss" in row for row in metrics(out)]
+        assert learned == [True, True, False, True, False, True]
         assert not any(".layers.0." in name or "embed_tokens" in name for name in selected)
     if variant == "separate":
         assert any("critic" in name for name in learning)
@@ -407,7 +407,7 @@ def test_a_field_too_many_is_an_error_that_names_it(path, inputs, stopped, tmp_p
 def test_a_selected_step_that_was_never_validated_is_an_error(inputs, stopped, tmp_path, capfd):
     out = shutil.copytree(stopped, tmp_path / "out")
     tampered(out, lambda state: state["extra"].update(best_step=77))
-    refused(inputs, out, "77", capfd)
+    refused(inputs, out, "selected step 77, and validated only 0, 1, 2, 3, 4", capfd)
 
 
 @pytest.mark.parametrize("group", ["module", "optimizer", "extra"])
@@ -443,7 +443,7 @@ def refused(inputs, out, words, capfd):
     before = contents(out)
     assert starling_ppo(inputs, "full", out) == 2
     said = capfd.readouterr().err
-    assert "error: the checkpoint does not fit" in said
+    assert "error: the checkpoint " in said
     assert words in said
     assert "delete the stage's checkpoints" in said
     assert "Traceback" not in said

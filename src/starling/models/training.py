@@ -132,6 +132,10 @@ def adamw(
     return Trainable({name: module}, optimizer, section.lr, schedule, section.max_grad_norm)
 
 
+STATE_FIELDS = ("tensors", "optimizer", "metrics_offset", "extra")
+"""What a checkpoint's state holds; `tensors` names those beside it."""
+
+
 class Journal:
     """A stage's record: metrics, timing, progress, and checkpoints that resume it exactly.
 
@@ -164,6 +168,8 @@ class Journal:
             self._cut_back(0)
             return Snapshot(0, {}, {"extra": {}})
         tensors = snapshot.tensors
+        check_names("fields of the checkpoint", STATE_FIELDS, snapshot.state)
+        check_names("tensors of the checkpoint", snapshot.state["tensors"], tensors)
         for name, module in self._trainable.modules.items():
             _load(name, module, select(f"module/{name}", tensors))
         restore_optimizer(
@@ -212,6 +218,7 @@ class Journal:
         if self._context.rank > 0:
             return
         state = {
+            "tensors": sorted(saved),
             "optimizer": optimizer.state,
             "metrics_offset": self._metrics.offset(),
             "extra": dict(extra),

@@ -46,8 +46,12 @@ class Guards(Section):
     """Mean |sampler's - trainer's logprob| of a token, nats."""
     max_clip_fraction: float | None = Field(0.5, gt=0, le=1)
     """Share of tokens that the last update clipped."""
+    max_ratio: float | None = Field(2.0, gt=1)
+    """Mean ratio of new to old probability in the last update."""
     max_approx_kl: float | None = Field(0.5, gt=0)
     """How far the last update went from the policy that sampled, nats per token."""
+    max_first_approx_kl: float | None = Field(0.01, gt=0)
+    """The same before its first step, where old and new logprobs are of the same weights."""
     min_entropy: float | None = Field(0.01, ge=0)
     """Estimated entropy of the policy, nats per token."""
     min_explained_variance: float | None = -2.0

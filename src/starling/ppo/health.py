@@ -124,6 +124,22 @@ GUARDS = (
         "large; lower ppo.lr or ppo.ppo_epochs.",
     ),
     Guard(
+        "max_ratio",
+        "ppo/ratio",
+        gt,
+        "update",
+        "New probabilities were {found:.3g} times the old ones on average, more than {limit:.3g}: "
+        "the update ran away from the policy that sampled; lower ppo.lr or ppo.ppo_epochs.",
+    ),
+    Guard(
+        "max_first_approx_kl",
+        "ppo/first_approx_kl",
+        gt,
+        "update",
+        "Before the first step old and new logprobs are of the same weights, and differ by "
+        "{found:.3g} nats a token, more than {limit:.3g}: look at ppo.precision and at dropout.",
+    ),
+    Guard(
         "max_approx_kl",
         "ppo/approx_kl",
         gt,

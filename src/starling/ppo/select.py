@@ -7,16 +7,17 @@ Shapes: B validation prompts, T token positions.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from starling.base.errors import DataError
+from starling.base.errors import CheckpointError, DataError, some
 from starling.base.estimate import bootstrap_mean
 from starling.base.jsonl import write_records
 from starling.base.seeding import derive_seed
+from starling.base.training_state import check_names
 from starling.data.records import Prompt
 from starling.judging.instructions import InstructedPrompt, share_followed
 from starling.judging.judge import GradedAnswer, Judge, Rating
@@ -170,9 +171,18 @@ class Selection:
 
     @staticmethod
     def resume(extra: Mapping[str, Any], weights: Mapping[str, Tensor]) -> "Selection":
-        """The selection that `state` and `weights` stored; an empty one from an empty state."""
-        validations = [Validation(**row) for row in extra.get("validations", [])]
-        best = next((v for v in validations if v.step == extra.get("best_step")), None)
+        """The selection that `state` and `weights` stored; CheckpointError for one that is torn."""
+        for row in extra["validations"]:
+            check_names("a validation", [field.name for field in fields(Validation)], row)
+        validations = [Validation(**row) for row in extra["validations"]]
+        selected = extra["best_step"]
+        best = next((each for each in validations if each.step == selected), None)
+        if selected is not None and best is None:
+            raise CheckpointError(
+                f"the checkpoint selected step {selected}, and validated only "
+                f"{some([str(each.step) for each in validations], 8)}; delete the stage's "
+                "checkpoints to run the stage from its start"
+            )
         return Selection(validations, best, dict(weights))
 
     def state(self) -> dict[str, Any]:

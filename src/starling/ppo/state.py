@@ -2,17 +2,17 @@
 
 import logging
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
+from starling.base.checkpoint import Snapshot
 from starling.base.context import Context
 from starling.base.errors import InputError
 from starling.base.jsonl import write_records
+from starling.base.training_state import check_names
 from starling.ppo.config import PpoSection
-from starling.ppo.health import Health
+from starling.ppo.health import Flag, Health
 from starling.ppo.kl import KlController, k1, sequence_kl
 from starling.ppo.rewards import RunningMoments
 from starling.ppo.rollout import Rollout
@@ -31,16 +31,27 @@ class State:
     selection: Selection
 
     @staticmethod
-    def resume(
-        extra: Mapping[str, Any], tensors: Mapping[str, Tensor], section: PpoSection
-    ) -> "State":
-        """As `plain` stored it; a new one from an empty state."""
-        coef = extra.get("kl_coef", section.kl_coef)
+    def resume(snapshot: Snapshot, section: PpoSection) -> "State":
+        """As `plain` stored it, or a new one; CheckpointError for a state of other fields."""
+        new = State(
+            KlController(section.kl_coef, section.kl_target, section.kl_horizon),
+            RunningMoments(),
+            Health(section.guards, section.kl_target),
+            Selection(),
+        )
+        extra = snapshot.state["extra"]
+        if snapshot.step == 0:
+            return new
+        check_names("state of ppo", new.plain(), extra)
+        check_names("running moments", asdict(new.moments), extra["moments"])
+        check_names("guards", new.health.state(), extra["health"])
+        for flag in extra["health"]["flags"]:
+            check_names("a flag", [field.name for field in fields(Flag)], flag)
         return State(
-            KlController(coef, section.kl_target, section.kl_horizon),
-            RunningMoments(**extra.get("moments", {})),
-            Health.resume(extra.get("health", {}), section.guards, section.kl_target),
-            Selection.resume(extra, tensors),
+            replace(new.controller, coef=extra["kl_coef"]),
+            RunningMoments(**extra["moments"]),
+            Health.resume(extra["health"], section.guards, section.kl_target),
+            Selection.resume(extra, snapshot.tensors),
         )
 
     def plain(self) -> dict[str, Any]:

@@ -51,7 +51,7 @@ def run(section: PpoSection, inputs: PpoInputs, out: Path, context: Context) -> 
             held_out.prompts, held_out.instructed, judge, stage.collector, context.seed, out
         )
         snapshot = journal.resume()
-        state = State.resume(snapshot.state["extra"], snapshot.tensors, section)
+        state = State.resume(snapshot, section)
         stage.publish(snapshot.step)
         if not state.selection.validations:
             state.selection.add(validator.measure(0), dict, section)

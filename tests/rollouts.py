@@ -179,6 +179,7 @@ def make(
     optimizer: str = "sgd",
     start: LanguageModel | None = None,
     engine: Any = None,
+    will_learn: bool = False,
     **settings: Any,
 ) -> Made:
     """A stage's objects, and their rollout of PROMPTS.
@@ -207,7 +208,7 @@ def make(
         trainable = plain_sgd(actors.actor_critic, section.lr)
     learner = Learner(actors.actor_critic, forward, trainable, section, context)
     prompts = [prompt for prompt in PROMPTS for _ in range(section.samples_per_prompt)]
-    rollout = collector.collect(prompts, samplings(len(prompts)))
+    rollout = collector.collect(prompts, samplings(len(prompts)), will_learn=will_learn)
     return Made(start, actors, collector, learner, rollout)
 
 
