@@ -70,30 +70,7 @@ CHANGES = {
         ("(?!help but", "(?!help and"),
         ("recommend[^.,;!?", "recommend[^.;!?"),
     ],
-    ("ppo/train.py", "tests/ppo/test_rollout_and_update.py"): [
-        ("int(rollout.response_mask[minibatch].sum())", "len(minibatch)"),
-        (
-            "rows.response_mask, temperature=section.temperature",
-            "rows.response_mask, temperature=1.0",
-        ),
-        ("section.value_coef * value.loss.sum()", "value.loss.sum()"),
-        ('f"ppo/minibatch/{step}", epoch)', 'f"ppo/minibatch/{step}", 0)'),
-        ("estimated.advantages[indices, :width]", "estimated.advantages[: len(indices), :width]"),
-    ],
-    ("ppo/rollout.py", "tests/ppo/test_rollout_and_update.py"): [
-        ("mask, temperature=temperature))\n    return", "mask, temperature=1.0))\n    return"),
-        ("(is_finished, scores, torch", "(is_finished, scores, scores + torch"),
-    ],
-    ("ppo/actor_critic.py", "tests/ppo/test_rollout_and_update.py"): [
-        ("predicting_states(states).float()", "states.float()"),
-        ("nn.init.zeros_(self.value_head.weight)", "nn.init.ones_(self.value_head.weight)"),
-        ("hidden if self.trunk is None else", "hidden if True else"),
-    ],
     # What a resumed run would do otherwise than an undisturbed one.
-    ("ppo/train.py", "tests/resume/test_kill_and_resume.py"): [
-        ('snapshot.state["extra"].get("kl_coef", section.kl_coef)', "section.kl_coef"),
-        ('Selection.resume(snapshot.state["extra"], snapshot.tensors)', "Selection()"),
-    ],
     ("models/training.py", "tests/resume/test_kill_and_resume.py"): [
         ('self._cut_back(snapshot.state["metrics_offset"])', "pass"),
         ("step % self._every == 0 or stop.signal_number is not None", "step % self._every == 0"),

@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import mutants
 import mutants_ppo
+import mutants_ppo_core
 import mutants_reward
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -45,8 +46,8 @@ class Mutant(NamedTuple):
 
 MUTANTS = [
     Mutant(file, tests, *change)
-    for listed in (mutants.CHANGES, mutants_ppo.CHANGES, mutants_reward.CHANGES)
-    for (file, tests), changes in listed.items()
+    for listed in (mutants, mutants_ppo, mutants_ppo_core, mutants_reward)
+    for (file, tests), changes in listed.CHANGES.items()
     for change in changes
 ]
 

@@ -5,6 +5,7 @@ import sys
 import pytest
 import torch
 from transformers import (
+    AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
@@ -17,7 +18,13 @@ from transformers import (
 from ranks import Settings
 from starling.base.context import Context
 from starling.base.errors import InputError, RecipeError
-from starling.models.adapters import blocks_of, choose_parameters, merged
+from starling.models.adapters import (
+    blocks_of,
+    choose_parameters,
+    merged,
+    untie,
+    without_adapters,
+)
 from starling.models.causal_lm import Batch
 from starling.models.parallel import parallel
 from starling.models.reward_model import RewardModel, sequence_scores
@@ -147,3 +154,88 @@ def test_a_head_trained_with_adapters_survives_merge_save_and_reload(policy_fold
 def test_a_model_without_adapters_is_merged_as_it_is(policy_folder):
     model = reward_model(policy_folder).model
     assert merged(model) is model
+
+
+def adapted():
+    """A policy whose adapters have learnt something."""
+    model = choose_parameters(tiny_policy().model, Settings("lora"))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(std=0.1)
+    return model
+
+
+def logits_of(model):
+    with torch.no_grad():
+        return model(torch.tensor([SEQUENCES[3]])).logits
+
+
+def test_without_its_adapters_a_model_is_what_it_was_before_them():
+    model, start = adapted(), logits_of(tiny_policy().model)
+    with_them = logits_of(model)
+    assert (with_them - start).abs().max() > 0.1
+    names = learning(model)
+    with without_adapters(model):
+        assert torch.equal(logits_of(model), start)
+    assert torch.equal(logits_of(model), with_them)
+    assert learning(model) == names
+
+
+def test_the_adapters_are_back_after_an_error_and_take_gradients():
+    model = adapted()
+    with_them = logits_of(model)
+    with pytest.raises(ZeroDivisionError), without_adapters(model):
+        raise ZeroDivisionError
+    assert torch.equal(logits_of(model), with_them)
+    model(torch.tensor([SEQUENCES[0]])).logits.sum().backward()
+    for name, weight in model.named_parameters():
+        assert (weight.grad is not None) == ("lora_" in name)
+
+
+def test_a_gradient_that_waits_reaches_adapters_that_were_off_in_between():
+    model, again = adapted(), adapted()
+    ids = torch.tensor([SEQUENCES[0]])
+    waiting = model(ids).logits.sum()
+    with torch.no_grad(), without_adapters(model):
+        model(ids)
+    waiting.backward()
+    again(ids).logits.sum().backward()
+    for (name, own), other in zip(model.named_parameters(), again.parameters(), strict=True):
+        if "lora_" in name:
+            assert torch.equal(own.grad, other.grad)
+
+
+def test_a_model_that_never_had_adapters_runs_without_them_as_it_is():
+    model = tiny_policy().model
+    expected = logits_of(model)
+    with without_adapters(model):
+        assert torch.equal(logits_of(model), expected)
+
+
+def test_an_untied_head_has_the_same_weights_apart_and_stays_so_when_saved(tmp_path):
+    model = tiny_policy().model
+    expected = logits_of(model)
+    untie(model)
+    assert torch.equal(logits_of(model), expected)
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    assert head.weight is not embeddings.weight
+    with torch.no_grad():
+        head.weight.mul_(2.0)
+    assert torch.equal(logits_of(model), 2 * expected)
+    assert torch.equal(embeddings.weight, tiny_policy().model.get_input_embeddings().weight)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert torch.equal(logits_of(loaded), 2 * expected)
+    # Once is enough.
+    own = head.weight
+    untie(model)
+    assert head.weight is own
+
+
+def test_an_untied_top_learns_without_the_embeddings():
+    model = tiny_policy().model
+    untie(model)
+    choose_parameters(model, Settings("top"))
+    assert learning(model) == {"lm_head.weight", "model.norm.weight", *LAST_BLOCK}

@@ -22,6 +22,7 @@ from starling.models.causal_lm import (
     padded_mask,
     predicting_states,
     save_model,
+    state_logprobs,
     token_logprobs,
 )
 from tiny import SHAPE, absolute_position_model, eleven_token_model, tiny_policy, tiny_tokenizer
@@ -100,6 +101,109 @@ def test_chunks_give_the_same_logprobs_without_a_gradient_too(model, monkeypatch
     whole = ours(model, ROWS, MASKS, temperature=0.7)
     monkeypatch.setattr(causal_lm, "MOST_LOGITS", 2 * 11 + 1)
     assert_close(ours(model, ROWS, MASKS, temperature=0.7), whole)
+
+
+def head_and_states(rows=7, vocabulary=13, dtype=torch.float32):
+    rng = torch.Generator().manual_seed(0)
+    head = torch.nn.Linear(5, vocabulary, bias=False, dtype=dtype)
+    with torch.no_grad():
+        head.weight.copy_(torch.randn(vocabulary, 5, generator=rng))
+    states = torch.randn(rows, 5, generator=rng).to(dtype).requires_grad_(True)
+    targets = torch.randint(0, vocabulary, (rows,), generator=rng)
+    return head, states, targets
+
+
+def by_autograd(head, states, targets, temperature):
+    """log softmax of all logits at once, at the targets."""
+    logits = head(states).float() / temperature
+    return torch.log_softmax(logits, dim=-1)[torch.arange(len(targets)), targets]
+
+
+def both_gradients(found, head, states):
+    weights = torch.linspace(-1, 2, len(found))
+    return torch.autograd.grad((weights * found).sum(), (head.weight, states))
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 7, 100])
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 2.5])
+def test_logprobs_of_states_and_their_own_backward_are_autograds(chunk, temperature, monkeypatch):
+    monkeypatch.setattr(causal_lm, "MOST_LOGITS", 13 * chunk)
+    head, states, targets = head_and_states()
+    found = state_logprobs(head, states, targets, temperature=temperature)
+    expected = by_autograd(head, states, targets, temperature)
+    assert_close(found, expected)
+    for own, theirs in zip(
+        both_gradients(found, head, states), both_gradients(expected, head, states), strict=True
+    ):
+        assert_close(own, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_the_derivative_is_the_difference_quotient():
+    head, states, targets = head_and_states()
+    head, states = head.double(), states.detach().double().requires_grad_(True)
+    # The loss is float32, so the steps are large and the tolerance is theirs.
+    assert torch.autograd.gradcheck(
+        lambda states: state_logprobs(head, states, targets, temperature=0.7),
+        states,
+        eps=1e-2,
+        atol=2e-3,
+        rtol=1e-2,
+        nondet_tol=0.0,
+    )
+
+
+@pytest.mark.parametrize("chunk", [2, 100])
+def test_bfloat16_logits_have_float32_logprobs_and_gradients_of_their_own_kind(chunk, monkeypatch):
+    monkeypatch.setattr(causal_lm, "MOST_LOGITS", 13 * chunk)
+    head, states, targets = head_and_states(dtype=torch.bfloat16)
+    found = state_logprobs(head, states, targets, temperature=0.7)
+    assert found.dtype == torch.float32
+    expected = by_autograd(head, states, targets, 0.7)
+    # The same bfloat16 logits, and float32 from there on.
+    assert_close(found, expected)
+    for own, theirs in zip(
+        both_gradients(found, head, states), both_gradients(expected, head, states), strict=True
+    ):
+        assert own.dtype == torch.bfloat16
+        assert_close(own, theirs, rtol=1.6e-2, atol=1e-2)
+
+
+def test_logits_of_any_size_stay_finite():
+    head = torch.nn.Linear(1, 3, bias=False)
+    with torch.no_grad():
+        head.weight.copy_(torch.tensor([[1e4], [0.0], [-1e4]]))
+    states = torch.ones(3, 1, requires_grad=True)
+    found = state_logprobs(head, states, torch.tensor([0, 1, 2]), temperature=0.5)
+    assert found.tolist() == [0.0, -2e4, -4e4]
+    found.sum().backward()
+    assert states.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("learns", [True, False])
+def test_no_more_logits_than_a_chunks_are_made_or_kept(learns, monkeypatch):
+    rows, vocabulary, chunk = 40, 32_002, 4
+    monkeypatch.setattr(causal_lm, "MOST_LOGITS", vocabulary * chunk)
+    head, states, targets = head_and_states(rows, vocabulary)
+    made, kept = [], []
+    head.register_forward_hook(lambda _module, _given, output: made.append(output.shape[0]))
+    with (
+        torch.set_grad_enabled(learns),
+        torch.autograd.graph.saved_tensors_hooks(
+            lambda tensor: kept.append(tensor.numel()) or tensor, lambda tensor: tensor
+        ),
+    ):
+        found = state_logprobs(head, states, targets)
+    assert made == [chunk] * (rows // chunk)
+    assert max(kept, default=0) < vocabulary
+    if learns:
+        found.sum().backward()
+        # Each chunk once more, for the backward pass.
+        assert made == [chunk] * (2 * rows // chunk)
+
+
+def test_no_states_have_no_logprobs():
+    head, states, targets = head_and_states()
+    assert state_logprobs(head, states[:0], targets[:0]).shape == (0,)
 
 
 def test_a_mask_that_keeps_nothing_gives_zeros(model):

@@ -28,7 +28,9 @@ from starling.models.packing import (
     PackedRow,
     packed_batches,
     packed_ends,
+    packed_reads,
     packed_states,
+    prepared,
     share_prompt,
     why_not_packed,
 )
@@ -123,6 +125,94 @@ def test_an_answer_sees_nothing_of_another_nor_of_another_row():
         states, changed = (packed_states(model, Packed(each)) for each in (rows, other))
     assert torch.equal(states[:5], changed[:5])
     assert not torch.isclose(states[5:], changed[5:]).all(dim=1).any()
+
+
+def read_alone(decoder, rows):
+    """transformers' own states where `packed_reads` reads, each conversation alone."""
+    states = []
+    for row in rows:
+        runs = [
+            decoder(torch.tensor([row.prompt + answer]), use_cache=False).last_hidden_state[0]
+            for answer in row.answers or ((),)
+        ]
+        size = len(row.prompt)
+        begin = size if row.read_from is None else row.read_from
+        # The prompt's are the same in each of them.
+        states += [runs[0][begin:size], *(run[size:] for run in runs)]
+    return torch.cat(states)
+
+
+def weighed(states):
+    """A number that depends on each entry in its own way."""
+    return (states * torch.linspace(-1, 1, states.numel()).view_as(states)).sum(dim=1)
+
+
+readings = st.tuples(
+    st.lists(tokens, min_size=1, max_size=12),
+    st.lists(st.lists(tokens, min_size=1, max_size=9), max_size=4),
+    st.integers(0, 11),
+)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@settings(max_examples=12, deadline=None)
+@given(drawn=st.lists(readings, min_size=1, max_size=4))
+def test_reads_and_their_gradients_are_those_of_each_conversation_alone(name, drawn):
+    model = MODELS[name]
+    rows = [
+        PackedRow(tuple(prompt), tuple(map(tuple, given)), min(begin, len(prompt) - 1))
+        for prompt, given, begin in drawn
+    ]
+    # A prompt of one token, read from it; one behind the window; and one that is not read itself.
+    rows += [PackedRow((5,), ((6, 7), (8,)), 0), PackedRow((5, 6, 7, 8, 9, 10, 11, 12, 13), (), 7)]
+    rows += [PackedRow((1, 2, 3), ((4,), (5, 6, 7, 8, 9, 10)))]
+    expected = read_alone(model.get_decoder(), rows)
+    expected_gradients = gradients(model, weighed(expected))
+    packed = Packed(rows)
+    found = packed_reads(prepared(model), packed)
+    assert_close(found, expected, rtol=1e-5, atol=2e-5)
+    assert relative_error(gradients(model, weighed(found)), expected_gradients) < 1e-4
+    # Every place is read where the whole forward has it.
+    with torch.no_grad():
+        whole = packed_states(model, packed)
+    assert_close(whole[packed.reads], expected, rtol=1e-5, atol=2e-5)
+
+
+def test_the_last_layer_computes_queries_and_feed_forward_at_the_reads_alone():
+    model = classifier(MistralConfig(sliding_window=None, **SHAPE))
+    backbone = prepared(model)
+    rows = [PackedRow((1, 2, 3, 4, 5, 6, 7, 8), ((9,), (10, 11)), 7)]
+    widths = {}
+    for number, layer in enumerate(backbone.layers):
+        for part in ("self_attn.q_proj", "self_attn.k_proj", "mlp.down_proj"):
+            layer.get_submodule(part).register_forward_hook(
+                lambda _module, given, _output, key=(number, part): widths.update(
+                    {key: given[0].shape[1]}
+                )
+            )
+    with torch.no_grad():
+        packed_reads(backbone, Packed(rows))
+    assert {part for (number, part), width in widths.items() if number == 0 and width == 11} == {
+        "self_attn.q_proj",
+        "self_attn.k_proj",
+        "mlp.down_proj",
+    }
+    assert widths[1, "self_attn.k_proj"] == 11
+    assert widths[1, "self_attn.q_proj"] == widths[1, "mlp.down_proj"] == 4
+
+
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+def test_reads_are_recomputed_alike_for_the_backward_pass(gradient_checkpointing):
+    model = classifier(CONFIGS["mistral, window of 5"])
+    rows = [PackedRow((1, 2, 3, 4, 5, 6, 7), ((8, 9), (10,)), 6), PackedRow((11,), ((12, 13),), 0)]
+    expected = gradients(model, weighed(read_alone(model.get_decoder(), rows)))
+    forward = parallel(
+        model,
+        lambda model: packed_reads(prepared(model), Packed(rows)),
+        single_process_context(1),
+        gradient_checkpointing=gradient_checkpointing,
+    )
+    assert relative_error(gradients(model, weighed(forward())), expected) < 1e-4
 
 
 def test_an_ordinary_forward_after_a_packed_one_is_what_it_was():

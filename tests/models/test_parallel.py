@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
 from ranks import Settings, on_ranks
@@ -11,7 +12,13 @@ from starling.base.context import Context
 from starling.base.masked import masked_sum
 from starling.models.adapters import choose_parameters
 from starling.models.causal_lm import Batch, hidden_states, padded_mask, save_model, token_logprobs
-from starling.models.parallel import parallel, share_batches, summed
+from starling.models.parallel import (
+    filled_up,
+    from_everyone,
+    parallel,
+    share_batches,
+    summed,
+)
 from starling.models.training import adamw, constant
 from tiny import tiny_policy
 
@@ -176,3 +183,122 @@ def test_every_batch_counts_once_and_every_process_takes_as_many(num_batches, si
     counted = [batch for share in shares for batch, counts in share if counts]
     assert sorted(counted) == batches
     assert all(batch in batches for share in shares for batch, _ in share)
+
+
+def rounds(context, counts):
+    """A process's own batches, as many as `counts` says, and fillers."""
+    own = [[f"{context.rank}/{number}"] for number in range(counts[context.rank])]
+    found = filled_up(own, context, filler=["filler"])
+    return [[list(batch), is_own] for batch, is_own in found]
+
+
+@pytest.mark.parametrize("counts", [(3, 1), (0, 2), (2, 2), (0, 0)])
+def test_processes_with_batches_of_their_own_take_equally_many_rounds(counts, tmp_path):
+    both = on_ranks(2, rounds, tmp_path, counts)
+    for rank, (found, count) in enumerate(zip(both, counts, strict=True)):
+        own = [[[f"{rank}/{number}"], True] for number in range(count)]
+        assert found == own + [[["filler"], False]] * (max(counts) - count)
+
+
+def test_one_process_has_no_fillers():
+    assert filled_up([[1], [2, 3]], ALONE, filler=[9]) == [([1], True), ([2, 3], True)]
+
+
+def exchanged(context):
+    return from_everyone({"rank": context.rank, "rows": [0.1 + 0.2, None]}, context)
+
+
+def test_every_process_has_everyones_value_in_the_order_of_ranks(tmp_path):
+    expected = [{"rank": rank, "rows": [0.1 + 0.2, None]} for rank in (0, 1)]
+    assert on_ranks(2, exchanged, tmp_path) == [expected, expected]
+    assert on_ranks(1, exchanged, tmp_path) == [expected[:1]]
+
+
+def critic_of(model):
+    """A small model and a head of its own, which read what the policy reads."""
+    torch.manual_seed(5)
+    head = torch.nn.Linear(32, 1)
+    return torch.nn.ModuleDict({"critic": tiny_policy(2).model.get_decoder(), "head": head})
+
+
+def two_losses(model, beside, rows):
+    """The policy's and the critic's: each has its own weights."""
+    batch = Batch(rows, 0)
+    states = hidden_states(beside["critic"], batch.token_ids)
+    values = (states * beside["head"].weight[0]).sum(dim=-1) + beside["head"].bias
+    mask = padded_mask([[True] * len(row) for row in rows])
+    return cross_entropy(model, rows) + masked_sum((values - 1.0) ** 2, mask)
+
+
+def beside_trajectory(context, settings, folder):
+    """Losses and norms of three steps over policy and critic, and what every process then holds."""
+    loaded = tiny_policy()
+    model = choose_parameters(loaded.model, settings, seed=3)
+    beside = critic_of(model)
+    forward = parallel(
+        model,
+        lambda model, rows: two_losses(model, beside, rows),
+        context,
+        beside=beside,
+        precision=settings.precision,
+        gradient_checkpointing=settings.gradient_checkpointing,
+    )
+    whole = torch.nn.ModuleDict({"policy": model, "beside": beside})
+    trainable = adamw("both", whole, settings, constant)
+    sharded = sum(
+        isinstance(weight, DTensor) for part in (model, beside) for weight in part.parameters()
+    )
+    steps = [(backward(forward, context), trainable.step(step)) for step in range(3)]
+    everywhere = forward.whole_everywhere()
+    with torch.no_grad():
+        loss = cross_entropy(everywhere, ROWS).item()
+    critic = sum(weight.double().square().sum() for weight in beside.parameters())
+    critic = critic.full_tensor() if isinstance(critic, DTensor) else critic
+    return {
+        "steps": steps,
+        "sharded": [sharded, sum(1 for part in (model, beside) for _ in part.parameters())],
+        "loss": loss,
+        "names": sorted(everywhere.state_dict()),
+        "is_plain": not any(isinstance(w, DTensor) for w in everywhere.parameters()),
+        "critic": critic.item(),
+    }
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [Settings(), Settings(train="lora", lr=1e-2, gradient_checkpointing=True), Settings("top")],
+    ids=lambda settings: settings.train,
+)
+def test_a_critic_beside_the_policy_is_sharded_and_learns_with_it(settings, tmp_path):
+    [alone] = on_ranks(1, beside_trajectory, tmp_path, settings, tmp_path)
+    both = on_ranks(2, beside_trajectory, tmp_path, settings, tmp_path)
+    for (loss, norm), (expected_loss, expected_norm) in zip(
+        both[0]["steps"], alone["steps"], strict=True
+    ):
+        assert loss == pytest.approx(expected_loss, rel=1e-5)
+        assert norm == pytest.approx(expected_norm, rel=1e-5)
+    assert alone["steps"][2][0] < alone["steps"][0][0]
+    assert alone["sharded"][0] == 0
+    assert both[0]["sharded"][0] == both[0]["sharded"][1]
+    assert both[0]["critic"] == pytest.approx(alone["critic"], rel=1e-6)
+    # Whole, plain, merged and the same in each process.
+    plain = sorted(tiny_policy().model.state_dict())
+    for part in (alone, *both):
+        assert part["is_plain"]
+        assert part["names"] == plain
+        assert part["loss"] == pytest.approx(alone["loss"], rel=1e-5)
+    assert both[0]["loss"] == both[1]["loss"]
+
+
+def test_what_is_whole_everywhere_follows_the_model_it_was_taken_from():
+    settings = Settings(train="lora", lr=1e-2)
+    loaded, forward = prepared(settings, ALONE)
+    trainable = adamw("m", loaded.model, settings, constant)
+    losses = []
+    for step in range(2):
+        backward(forward, ALONE)
+        trainable.step(step)
+        with torch.no_grad():
+            losses.append(cross_entropy(forward.whole_everywhere(), ROWS).item())
+            assert losses[-1] == pytest.approx(cross_entropy(loaded.model, ROWS).item(), rel=1e-5)
+    assert losses[0] != pytest.approx(losses[1], rel=1e-4)

@@ -1,5 +1,6 @@
 """Schedules by hand, each row once an epoch, and a journal that resumes to the bit."""
 
+import dataclasses
 import json
 import math
 from typing import NamedTuple
@@ -13,6 +14,7 @@ from torch.testing import assert_close
 from starling.base.context import Context
 from starling.base.errors import CheckpointError, InputError, Stopped
 from starling.base.seeding import permutation
+from starling.base.training_state import flatten_optimizer, restore_optimizer
 from starling.models.training import (
     Journal,
     Trainable,
@@ -97,7 +99,7 @@ class Settings(NamedTuple):
 
     lr: float
     weight_decay: float
-    max_grad_norm: float
+    max_grad_norm: float | None
 
 
 def test_the_optimizer_holds_only_what_wants_a_gradient():
@@ -111,6 +113,91 @@ def test_the_optimizer_holds_only_what_wants_a_gradient():
     [group] = trainable.optimizer.param_groups
     settings = (group["weight_decay"], group["eps"], group["betas"])
     assert settings == (0.2, 1e-5, (0.9, 0.999))
+
+
+def tensorflow_adam(gradients, *, lr, eps, beta1=0.9, beta2=0.999):
+    """How far a weight has gone after each gradient, by TensorFlow 1's AdamOptimizer, in floats.
+
+    lr_t = lr sqrt(1 - beta2^t) / (1 - beta1^t); theta -= lr_t m_t / (sqrt(v_t) + eps).
+    """
+    m = v = moved = 0.0
+    places = []
+    for t, gradient in enumerate(gradients, start=1):
+        m = beta1 * m + (1 - beta1) * gradient
+        v = beta2 * v + (1 - beta2) * gradient**2
+        moved -= lr * math.sqrt(1 - beta2**t) / (1 - beta1**t) * m / (math.sqrt(v) + eps)
+        places.append(moved)
+    return places
+
+
+def adam_of_one(*, form, lr=1.0, eps=1e-5, beta2=0.999, schedule=constant):
+    module = torch.nn.Linear(1, 1, bias=False).double()
+    torch.nn.init.zeros_(module.weight)
+    section = Settings(lr=lr, weight_decay=0.0, max_grad_norm=None)
+    trainable = adamw("m", module, section, schedule, eps=eps, beta2=beta2)
+    if form == "tensorflow":
+        trainable = dataclasses.replace(trainable, tensorflow_eps=eps)
+    return module.weight, trainable
+
+
+def step_by(weight, trainable, gradients):
+    places = []
+    for step, gradient in enumerate(gradients):
+        weight.grad = torch.full((1, 1), gradient, dtype=torch.float64)
+        trainable.step(step)
+        places.append(weight.item())
+    return places
+
+
+@pytest.mark.parametrize(
+    ("form", "gradient", "expected"),
+    [
+        ("pytorch", 1e-5, 0.5),
+        ("tensorflow", 1e-5, 0.0307),
+        # At 1e-3 they differ by a factor of 1.3 only.
+        ("pytorch", 1e-3, 1 / 1.01),
+        ("tensorflow", 1e-3, 1 / 1.01 / 1.303),
+    ],
+)
+def test_adams_first_step_is_shorter_where_epsilon_stands_as_in_tensorflow(
+    form, gradient, expected
+):
+    weight, trainable = adam_of_one(form=form)
+    assert step_by(weight, trainable, [gradient]) == [pytest.approx(-expected, rel=2e-3)]
+
+
+@pytest.mark.parametrize("beta2", [0.999, 0.95])
+def test_adam_in_tensorflows_form_is_its_formula_over_many_steps(beta2):
+    gradients = [1e-5, -3e-5, 2e-4, 1e-6, 5e-3, -5e-3, 1e-5, 1e-5] * 3
+    weight, trainable = adam_of_one(form="tensorflow", lr=0.1, beta2=beta2)
+    found = step_by(weight, trainable, gradients)
+    expected = tensorflow_adam(gradients, lr=0.1, eps=1e-5, beta2=beta2)
+    assert found == pytest.approx(expected, rel=1e-6)
+    # PyTorch's form goes elsewhere.
+    weight, trainable = adam_of_one(form="pytorch", lr=0.1, beta2=beta2)
+    assert step_by(weight, trainable, gradients)[0] != pytest.approx(expected[0], rel=0.1)
+
+
+def test_adam_in_tensorflows_form_goes_on_after_a_resume_as_it_would_have():
+    gradients = [1e-5, -3e-5, 2e-4, 1e-6, 5e-3]
+    weight, trainable = adam_of_one(form="tensorflow")
+    step_by(weight, trainable, gradients[:3])
+    again, resumed = adam_of_one(form="tensorflow")
+    with torch.no_grad():
+        again.copy_(weight)
+    saved = flatten_optimizer(trainable.optimizer)
+    restore_optimizer(resumed.optimizer, saved.tensors, saved.state)
+    assert step_by(again, resumed, gradients[3:]) == step_by(weight, trainable, gradients[3:])
+
+
+def test_without_a_limit_no_gradient_is_clipped_and_the_norm_is_told_all_the_same():
+    module, trainable = one_weight(lr=1.0, max_grad_norm=None)
+    module.weight.grad = torch.tensor([[3e4, -4e4]])
+    assert trainable.step(0) == pytest.approx(5e4)
+    assert_close(module.weight.detach(), torch.tensor([[1 - 3e4, 1 + 4e4]]))
+    module.weight.grad = torch.tensor([[math.inf, 0.0]])
+    with pytest.raises(InputError, match="the gradient norm is"):
+        trainable.step(1)
 
 
 def make_trainable(seed=0):

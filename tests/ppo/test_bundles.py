@@ -4,9 +4,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from rollouts import start_of
 from torch.testing import assert_close
 
+from rollouts import start_of
 from starling.models.packing import PackedRow, prepared
 from starling.ppo.bundles import (
     Bundle,
@@ -40,21 +40,24 @@ def test_neighbours_with_one_prompt_stand_together_and_at_most_so_many():
     assert bundle(prompts, responses, [], most=1) == []
 
 
-def test_a_prompt_counts_once_for_all_of_its_responses():
-    assert Bundle(A, ((1,), (2, 3)), (0, 1)).num_tokens == 3 + 1 + 2
+def test_a_prompt_counts_once_for_all_of_its_responses_and_no_last_token_does():
+    assert Bundle(A, ((1,), (2, 3)), (0, 1)).num_tokens == 3 + 0 + 1
 
 
 def test_a_single_response_is_one_sequence_with_its_prompt_and_several_share_it():
-    assert Bundle(A, ((1, 2),), (0,)).packed_row == PackedRow((20, 21, 22, 1, 2), (), 2)
-    assert Bundle(A, ((1,), (2,)), (0, 1)).packed_row == PackedRow(A, ((1,), (2,)), 2)
+    # A response's last token predicts none of them, and is not read.
+    assert Bundle(A, ((1, 2, 3),), (0,)).packed_row == PackedRow((20, 21, 22, 1, 2), (), 2)
+    several = Bundle(A, ((1, 2), (3,), (4, 5)), (0, 1, 2))
+    assert several.packed_row == PackedRow(A, ((1,), (4,)), 2)
+    assert Bundle(A, ((1,), (2,)), (0, 1)).packed_row == PackedRow(A, (), 2)
 
 
 def of_sizes(*sizes):
-    """Bundles of so many tokens, whose rows count from 0; a pair has as many rows."""
+    """Bundles in which so many tokens are read, whose rows count from 0; a pair has as many rows."""
     made, row = [], 0
     for size in sizes:
         tokens, rows = size if isinstance(size, tuple) else (size, 1)
-        responses = ((9,) * (tokens - rows),) + ((9,),) * (rows - 1)
+        responses = ((9,) * tokens,) + ((9,),) * (rows - 1)
         made.append(Bundle((1,), responses, tuple(range(row, row + rows))))
         row += rows
     return made
@@ -93,6 +96,7 @@ def test_every_bundle_is_read_once_and_no_batch_could_take_the_next(sizes, token
 
 
 BUNDLES = [
+    Bundle((1, 43), ((94,), (95,)), (8, 9)),
     Bundle((1, 40, 41), ((50, 51, 52), (60,), (70, 71)), (3, 4, 5)),
     Bundle((1, 42), ((80, 81),), (0,)),
     Bundle((1,), ((90,), (91, 92)), (1, 2)),
@@ -102,15 +106,15 @@ BUNDLES = [
 
 def test_tokens_and_rows_stand_in_the_bundles_order():
     reading = Reading(BUNDLES, "cpu")
-    assert reading.rows == [3, 4, 5, 0, 1, 2, 7]
-    assert reading.targets.tolist() == [50, 51, 52, 60, 70, 71, 80, 81, 90, 91, 92, 93]
+    assert reading.rows == [8, 9, 3, 4, 5, 0, 1, 2, 7]
+    assert reading.targets.tolist() == [94, 95, 50, 51, 52, 60, 70, 71, 80, 81, 90, 91, 92, 93]
 
 
 def test_each_token_is_read_where_the_one_before_it_stands():
     reading = Reading(BUNDLES, "cpu")
     flat = reading.packed.token_ids[0][reading.packed.reads][reading.predictors]
     # The last of the prompt before a response's first token, then the response's own.
-    assert flat.tolist() == [41, 50, 51, 41, 41, 70, 42, 80, 1, 1, 91, 1]
+    assert flat.tolist() == [43, 43, 41, 50, 51, 41, 41, 70, 42, 80, 1, 1, 91, 1]
 
 
 @pytest.mark.parametrize("kind", ["mistral", "gpt2"])

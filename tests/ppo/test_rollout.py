@@ -86,6 +86,28 @@ def test_they_are_so_for_a_model_that_does_not_split_and_one_that_does_not_pack(
     assert_as_transformers(kind, make(kind, **settings))
 
 
+SAMPLED = {
+    "shared": {},
+    "separate, three samples": {"critic": "separate", "samples_per_prompt": 3},
+    "top": {"train": "top", "critic": "separate"},
+    "no critic": {"advantages": "rloo", "samples_per_prompt": 3},
+}
+
+
+@pytest.mark.parametrize("name", SAMPLED)
+def test_old_logprobs_may_be_the_engines_own_and_all_else_is_as_before(name):
+    made = make(old_logprobs="sampler", will_learn=True, **SAMPLED[name])
+    recomputed = make(**SAMPLED[name]).rollout
+    rollout = made.rollout
+    assert torch.equal(rollout.old_logprobs, rollout.sampler_logprobs)
+    assert not torch.allclose(rollout.old_logprobs, recomputed.old_logprobs)
+    assert_close(rollout.old_values, recomputed.old_values)
+    assert_close(rollout.ref_logprobs, recomputed.ref_logprobs)
+    assert rollout.trunk.keys() == recomputed.trunk.keys()
+    # What was not computed cannot be learned from.
+    assert rollout.live is None
+
+
 def test_another_pad_id_changes_nothing_where_rows_are_padded():
     one, other = start_of("bloom"), start_of("bloom")
     saved = other.codec.tokenizer.saved
@@ -190,14 +212,14 @@ def test_states_of_a_frozen_trunk_are_kept_by_prompt_and_row_each_once(train, is
         return
     assert set(rollout.trunk) == {*rollout.prompt_ids, *range(18)}
     for row, ids in enumerate(rollout.response_ids):
-        assert len(rollout.trunk[row].states) == len(ids)
+        assert len(rollout.trunk[row].states) == len(ids) - 1
     # Those of the layer below, by transformers, in the order of a forward.
     chosen = rollout.bundles([9, 10, 4], most=None)
     expected = []
     for each in chosen:
         runs = [lower_states(each.prompt + ids) for ids in each.responses]
         size = len(each.prompt)
-        expected += [runs[0][:size], *(run[size:] for run in runs)]
+        expected += [runs[0][:size], *(run[size:-1] for run in runs)]
     assert_close(rollout.trunk_states(trunk, chosen), torch.cat(expected), rtol=1e-5, atol=1e-5)
 
 

@@ -46,7 +46,8 @@ def test_what_is_kept_comes_back_through_json():
     for _ in range(3):
         state.control({"ppo/sequence_kl": 9.0}, section, step=0)
     state.health.check(1, HEALTHY | {"ppo/sequence_kl": 99.0})
-    state.health.check_update(1, {"ppo/clip_fraction": 0.9, "ppo/approx_kl": 0.1})
+    learned = {"ppo/approx_kl": 0.1, "ppo/first_approx_kl": 0.0, "ppo/ratio": 1.0}
+    state.health.check_update(1, learned | {"ppo/clip_fraction": 0.9})
     kl = {"mean": 1.0}
     state.selection.validations = [Validation(0, 5.0, kl, 9.0), Validation(5, 6.0, kl, 8.5)]
     state.selection.best = state.selection.validations[1]

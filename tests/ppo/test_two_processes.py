@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from rollouts import PROMPTS, made_advantages, make, relative_error, samplings, start_of
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 from ranks import on_ranks
+from rollouts import PROMPTS, made_advantages, make, relative_error, samplings, start_of
 from starling.base.training_state import gathered
 from starling.models.interfaces import Sampling
 from starling.models.torch_engine import TorchEngine
@@ -25,6 +25,7 @@ CASES = {
     "lora, shared, three samples": {"train": "lora", "samples_per_prompt": 3},
     "lora, separate": {"train": "lora", "critic": "separate"},
     "warm-up of the critic": {"critic": "separate", "critic_warmup": 1},
+    "the sampler's logprobs": {"critic": "separate", "old_logprobs": "sampler"},
     "no critic": {"advantages": "grpo", "samples_per_prompt": 3},
 }
 TENSORS = ("old_logprobs", "ref_logprobs", "old_values", "sampler_logprobs", "scores")

@@ -13,6 +13,7 @@ import signal
 import time
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from resume.kills import (
@@ -28,6 +29,7 @@ from resume.kills import (
 from starling.base.checkpoint import _hashes
 from starling.base.jsonl import write_records
 from starling.cli import main
+from starling.data.records import Message, Prompt
 from starling.models.causal_lm import new_language_model, save_model
 from starling.models.training import Journal
 from starling.ppo import update
@@ -36,7 +38,7 @@ from starling.ppo.select import Validator
 from starling.ppo.state import State
 from starling.recipe import load_recipe
 from starling.sft.config import Architecture
-from tiny import tiny_policy_folder, tiny_reward_folder, tiny_tokenizer
+from tiny import tiny_policy, tiny_reward_folder, tiny_tokenizer
 
 STEPS = 6
 PPO = {
@@ -70,32 +72,48 @@ VARIANTS = {
         "top_layers": 1,
         "critic_warmup": 1,
         "kl_target": 0.3,
-        "guards": {"action": "skip", "max_clip_fraction": 0.002},
+        "guards": {"action": "skip", "max_clip_fraction": 0.002, "min_end_rate": None},
     },
     "separate": {"critic": "separate", "critic_warmup": 1, "critic_gate": 0.3},
 }
+
+
+def ending_policy():
+    """A tiny policy whose end marker has about one chance in four: answers differ in length."""
+    policy = tiny_policy()
+    head = policy.model.get_output_embeddings().weight
+    ids = torch.tensor([policy.codec.encode(asked(1), mode=None, generation_prompt=True).ids])
+    with torch.no_grad():
+        state = policy.model.model(ids).last_hidden_state[0, -1]
+        head[policy.codec.end_id] += 6.5 * state / state.square().sum()
+    return policy
+
+
+def asked(number):
+    return (Message(role="user", content=f"Question {number}?"),)
 
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
     """The folder with the recipes, and what they read."""
     folder = tmp_path_factory.mktemp("inputs")
-    tiny_reward_folder(folder / "scorer", tiny_policy_folder(folder / "policy"), seed=1)
-
-    def asked(number):
-        return [{"role": "user", "content": f"Question {number}?"}]
-
+    policy = ending_policy()
+    save_model(folder / "policy", policy.model, policy.codec)
+    tiny_reward_folder(folder / "scorer", folder / "policy", seed=1)
     write_records(
         folder / "prompts.jsonl",
         [
-            {"id": f"p{n}", "messages": asked(n), "checks": {"excludes": ["a", "e"]}}
+            Prompt(id=f"p{n}", messages=asked(n), checks={"excludes": ["a", "e"]})
             for n in range(12)
         ],
     )
     limit = {"kind": "max_words", "value": 2}
     write_records(
         folder / "instructions.jsonl",
-        [{"id": f"i{n}", "messages": asked(20 + n), "instructions": [limit]} for n in range(3)],
+        [
+            {"id": f"i{n}", "messages": [dict(asked(20 + n)[0])], "instructions": [limit]}
+            for n in range(3)
+        ],
     )
     for name, settings in VARIANTS.items():
         recipe = {"policy": "policy", "judge": {"kind": "rubric", "noise": 0.1}}
@@ -203,12 +221,12 @@ def test_the_undisturbed_run_uses_all_that_a_resume_must_bring_back(variant, und
     assert extra["moments"]["count"] == 4 * 8
     assert extra["moments"]["m2"] > 1
     assert extra["health"]["num_seen"] == 4
-    assert extra["health"]["correlations"] or variant != "full"
+    assert 3 <= len(extra["health"]["correlations"]) <= 4
     assert len(extra["validations"]) == 5
     tensors = load_file(saved / "tensors.safetensors")
     selected = [name for name in tensors if name.startswith("extra/")]
     learning = [name for name in tensors if name.startswith("module/")]
-    assert extra["best_step"] in (2, 3, 4)
+    assert extra["best_step"] in (1, 4)
     assert any(tensors[name].abs().max() > 0 for name in tensors if name.endswith("exp_avg_sq"))
     if variant == "full":
         assert len(extra["health"]["flags"]) == 3
@@ -439,13 +457,12 @@ def test_tensors_under_other_names_are_an_error_that_names_them(
 
 
 def refused(inputs, out, words, capfd):
-    """The run ends with exit status 2, the words and what to do; nothing of it is changed."""
-    before = contents(out)
+    """The run ends with exit status 2, the words and what to do; the checkpoint is left as it was."""
+    before = contents(out / "ppo" / "checkpoints")
     assert starling_ppo(inputs, "full", out) == 2
     said = capfd.readouterr().err
     assert "error: the checkpoint " in said
     assert words in said
     assert "delete the stage's checkpoints" in said
     assert "Traceback" not in said
-    found = contents(out)
-    assert {name: found[name] for name in before} == before
+    assert contents(out / "ppo" / "checkpoints") == before

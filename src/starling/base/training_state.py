@@ -63,6 +63,7 @@ def restore_optimizer(
         moments[parameter][key] = tensor.clone() if is_counter else shared_like(parameter, tensor)
     groups = [
         {key: tuple(value) if key == "betas" else value for key, value in group.items()}
+        | {"fused": optimizer.defaults.get("fused")}
         for group in state["groups"]
     ]
     try:

@@ -114,7 +114,8 @@ def parallel(
         policy = MixedPrecisionPolicy(travel, reduce_dtype=torch.float32, cast_forward_inputs=False)
         for block in blocks:
             fully_shard(block, mesh=mesh, mp_policy=policy)
-        fully_shard(root, mesh=mesh)
+        # Given back after each forward, with a gradient or without: `Trunk` looks at its weights.
+        fully_shard(root, mesh=mesh, reshard_after_forward=True)
     forward._function = root
     return forward
 

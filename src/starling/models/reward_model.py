@@ -27,6 +27,7 @@ from starling.models.causal_lm import Batch, length_batches, save_model
 from starling.models.loading import load_codec, load_config, load_weights
 from starling.models.packing import (
     Packed,
+    PackedRow,
     depends_on_longest,
     packed_batches,
     packed_ends,
@@ -204,10 +205,11 @@ class RewardModel:
             scores = iter(_padded_scores(self.model, flat, tokens.pad_id, width).tolist())
             return [[next(scores) for _ in row] for row in rows]
         found: list[list[float]] = [[] for _ in rows]
-        alone = [number for number, row in enumerate(rows) if len(row) == 1]
-        several = [number for number, row in enumerate(rows) if len(row) > 1]
-        shared = packed_batches([share_prompt(rows[number]) for number in several], self.device)
-        for batch in [alone, *([several[i] for i in indices] for indices in shared)]:
+        if why_not_packed(self.model) is None:
+            batches = packed_batches([_packed_row(row) for row in rows], self.device)
+        else:
+            batches = [list(range(len(rows)))]
+        for batch in batches:
             chosen = [rows[number] for number in batch]
             scores = iter(row_scores(self.model, chosen, tokens.pad_id).tolist())
             for number, row in zip(batch, chosen, strict=True):
@@ -257,11 +259,11 @@ def score_head(model: PreTrainedModel) -> torch.nn.Linear:
 def row_scores(model: PreTrainedModel, rows: Rows, pad_id: int) -> Float[Tensor, " A"]:
     """Raw float32 scores of all conversations, row by row: the forward of training and scoring.
 
-    What a row's conversations have in common is computed once, where the architecture allows; else,
-    and where every row holds but one, they are computed apart, similar lengths together.
+    What a row's conversations have in common is computed once, where the architecture allows; else
+    they are computed apart, similar lengths together.
     """
-    if any(len(row) > 1 for row in rows) and why_not_packed(model) is None:
-        packed = Packed([share_prompt(row) for row in rows], model.device)
+    if why_not_packed(model) is None:
+        packed = Packed([_packed_row(row) for row in rows], model.device)
         return _read(model, packed_ends(model, packed))
     sequences = [ids for row in rows for ids in row]
     batches = length_batches([len(ids) for ids in sequences], str(model.device))
@@ -273,6 +275,10 @@ def row_scores(model: PreTrainedModel, rows: Rows, pad_id: int) -> Float[Tensor,
     ]
     order = torch.tensor([index for batch in batches for index in batch], device=model.device)
     return torch.cat([*scores, torch.zeros(0, device=model.device)])[order.argsort()]
+
+
+def _packed_row(row: Sequence[Sequence[int]]) -> PackedRow:
+    return share_prompt(row) if len(row) > 1 else PackedRow((), (tuple(row[0]),))
 
 
 def sequence_scores(model: PreTrainedModel, batch: Batch) -> Float[Tensor, " N"]:

@@ -10,7 +10,7 @@ Shapes: T tokens of all rows, D model width.
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,7 +95,7 @@ def why_not_split(model: PreTrainedModel, num_layers: int) -> str | None:
     return None
 
 
-def _view(backbone: nn.Module, layers: Sequence[nn.Module], **parts: nn.Module | None) -> nn.Module:
+def _view(backbone: nn.Module, layers: Iterable[nn.Module], **parts: nn.Module | None) -> nn.Module:
     """The backbone with these layers and other parts, sharing all weights and the config."""
     view = copy.copy(backbone)
     view._modules = dict(backbone._modules) | {"layers": nn.ModuleList(layers)} | parts

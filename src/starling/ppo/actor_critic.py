@@ -92,10 +92,24 @@ class ActorCritic(nn.Module):
             return Evaluated(logprobs, torch.zeros_like(logprobs))
         if "critic" in self.beside:
             states = self._predict(self.beside["critic"], reading, trunk)
+        return Evaluated(logprobs, self._values(states))
+
+    def evaluate_values(
+        self,
+        policy: PreTrainedModel,
+        reading: Reading,
+        trunk: Float[Tensor, "T D"] | None,
+    ) -> Float[Tensor, " N"]:
+        """The values alone, without the policy's forward where the critic has its own."""
+        if not self.has_critic:
+            return torch.zeros(len(reading.targets), device=reading.device)
+        critic = self.beside["critic"] if "critic" in self.beside else self.learning_part(policy)
+        return self._values(self._predict(critic, reading, trunk))
+
+    def _values(self, states: Float[Tensor, "N D"]) -> Float[Tensor, " N"]:
         value_head: Any = self.beside["value_head"]
         # A sum of products, not the layer: autocast would round values to bfloat16.
-        values = (states.float() * value_head.weight.float()).sum(dim=-1) + value_head.bias.float()
-        return Evaluated(logprobs, values)
+        return (states.float() * value_head.weight.float()).sum(dim=-1) + value_head.bias.float()
 
     def learning_part(self, policy: PreTrainedModel) -> Any:
         """What makes the policy's states: its upper layers, its backbone, or the model itself."""
@@ -216,7 +230,11 @@ def _critic(
         return None, value_head
     part: Any = copied or copy.deepcopy(policy.get_decoder() if trunk is None else trunk.upper)
     ready = part if trunk is not None or why_not_packed(policy) else prepared(part)
-    return ready.requires_grad_(True), value_head
+    ready.requires_grad_(True)
+    if trunk is None and section.train in ("top", "head"):
+        for own, theirs in zip(ready.parameters(), policy.get_decoder().parameters(), strict=True):
+            own.requires_grad_(theirs.requires_grad)
+    return ready, value_head
 
 
 def _from_reward_model(

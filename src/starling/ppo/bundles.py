@@ -34,16 +34,21 @@ class Bundle:
     rows: tuple[int, ...]
 
     @property
+    def read(self) -> tuple[Ids, ...]:
+        """Of each response what predicts something: all but its last token."""
+        return tuple(response[:-1] for response in self.responses)
+
+    @property
     def num_tokens(self) -> int:
-        return len(self.prompt) + sum(map(len, self.responses))
+        return len(self.prompt) + sum(map(len, self.read))
 
     @cached_property
     def packed_row(self) -> PackedRow:
         """A single response needs no sharing, and is read as one sequence with its prompt."""
         begin = len(self.prompt) - 1
         if len(self.responses) == 1:
-            return PackedRow(self.prompt + self.responses[0], (), begin)
-        return PackedRow(self.prompt, self.responses, begin)
+            return PackedRow(self.prompt + self.read[0], (), begin)
+        return PackedRow(self.prompt, tuple(ids for ids in self.read if ids), begin)
 
 
 def bundle(
@@ -105,7 +110,7 @@ class Reading:
             behind = start + 1
             for response in each.responses:
                 places += [start, *range(behind, behind + len(response) - 1)]
-                behind += len(response)
+                behind += len(response) - 1
             start = behind
         return torch.tensor(places, device=self.device)
 

@@ -186,6 +186,9 @@ class PpoSection(Section):
     """First iterations in which the critic alone learns."""
     critic_gate: float | None = Field(None, gt=0)
     """A minibatch whose value loss is above this moves by it alone (Starling-LM-7B-alpha: 1)."""
+    old_logprobs: Literal["recomputed", "sampler"] = "recomputed"
+    """Whose logprobs ratios start from: the trainer's, or the engine's own, which saves a forward
+    and is right where both have the same weights and precision (see `ppo/first_approx_kl`)."""
     importance_cap: float | None = Field(None, ge=1)
     """Weigh tokens by min(cap, trainer's / sampler's probability), for engines that differ."""
     select_every: int = Field(10, ge=1)
@@ -243,8 +246,17 @@ class PpoSection(Section):
                 "set shared or separate",
             ),
             (
+                self.old_logprobs == "sampler" and self.importance_cap is not None,
+                "importance_cap: compares the sampler with recomputed old logprobs; leave one out",
+            ),
+            (
                 from_reward and self.train in ("top", "head"),
                 f"critic: reward-model shares no trunk with train: {self.train}; set separate",
+            ),
+            (
+                self.adam_form == "tensorflow" and bool(self.critic_warmup or self.critic_gate),
+                "adam_form: tensorflow counts the steps of all weights together; leave out "
+                "critic_warmup and critic_gate",
             ),
             (
                 self.steps <= self.critic_warmup,

@@ -61,6 +61,7 @@ GUARDS = (
         "The engine's logprobs differ from the trainer's by {found:.3g} nats a token, more than "
         "{limit:.3g}: the engine holds other weights or computes otherwise; set "
         "ppo.importance_cap, or sample with the trainer's own engine.",
+        is_optional=True,
     ),
     Guard(
         "min_entropy",

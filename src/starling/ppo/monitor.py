@@ -52,7 +52,6 @@ def rollout_metrics(
     A figure that is not defined is left out: a correlation where scores or lengths are all equal.
     """
     mask, old, reference = rollout.response_mask, rollout.old_logprobs, rollout.ref_logprobs
-    mismatch = (rollout.sampler_logprobs - old).abs()[mask]
     tokens = rollout.response_tokens
     metrics = {
         "ppo/score": float(rollout.scores.mean()),
@@ -65,9 +64,6 @@ def rollout_metrics(
         "ppo/sequence_entropy": float(sequence_kl(-old, mask).mean()),
         "ppo/response_tokens": float(tokens.float().mean()),
         "ppo/end_rate": float(rollout.is_finished.float().mean()),
-        "ppo/sampler_mismatch": float(mismatch.mean()),
-        "ppo/sampler_mismatch_p95": float(mismatch.quantile(0.95)),
-        "ppo/sampler_mismatch_max": float(mismatch.max()),
     }
     metrics["ppo/kl_coef"] = controller.coef
     is_within = controller.band(metrics["ppo/sequence_kl"])
@@ -81,6 +77,16 @@ def rollout_metrics(
     if correlation is not None:
         metrics["ppo/score_length_correlation"] = correlation
     return metrics
+
+
+def mismatch_metrics(rollout: Rollout, _estimated: Advantages) -> dict[str, float]:
+    """How far the engine's logprobs are from those that the trainer recomputed."""
+    mismatch = (rollout.sampler_logprobs - rollout.old_logprobs).abs()[rollout.response_mask]
+    return {
+        "ppo/sampler_mismatch": float(mismatch.mean()),
+        "ppo/sampler_mismatch_p95": float(mismatch.quantile(0.95)),
+        "ppo/sampler_mismatch_max": float(mismatch.max()),
+    }
 
 
 def critic_metrics(rollout: Rollout, estimated: Advantages) -> dict[str, float]:

@@ -114,7 +114,7 @@ class Collector:
     ) -> Rollout:
         """One response for each prompt (neighbours may be equal), in the prompts' order."""
         context = self.context
-        group = _groups(prompts)
+        group = _groups(prompts, self.section.samples_per_prompt)
         own = [
             row for row in range(len(prompts)) if group[row] % context.world_size == context.rank
         ]
@@ -180,13 +180,15 @@ class Collector:
         done = list(rows)
         is_alone = len(batches) == section.minibatches == self.context.world_size == 1
         live = None
-        for batch, counts in filled_up(batches, self.context, filler=batches[-1]):
+        # A process without a row of its own computes something all the same.
+        filler = batches[-1] if batches else [Bundle((0,), ((0,),), (0,))]
+        for batch, counts in filled_up(batches, self.context, filler=filler):
             reading = Reading(batch, device)
             states = None if trunk is None else self.forward(trunk.states, reading.packed)
             given = reading, states, section.temperature
             with torch.set_grad_enabled(will_learn and is_alone):
-                old = self.forward(self.actors.actor_critic.evaluate, *given)
-                live = old if torch.is_grad_enabled() else None
+                old = self._old(reading, states, rows)
+                live = old if old.logprobs.requires_grad else None
             reference = self.forward(self.actors.reference_logprobs, *given)
             if not counts:
                 continue
@@ -202,6 +204,15 @@ class Collector:
                     old_logprobs=found[0], ref_logprobs=found[1], old_values=found[2]
                 )
         return done, kept, live
+
+    def _old(self, reading: Reading, states: Tensor | None, rows: Sequence[Row]) -> Evaluated:
+        """Logprobs that the ratios start from, and values, of the reading's response tokens."""
+        actor_critic, section = self.actors.actor_critic, self.section
+        if section.old_logprobs == "recomputed":
+            return self.forward(actor_critic.evaluate, reading, states, section.temperature)
+        values = self.forward(actor_critic.evaluate_values, reading, states).detach()
+        own = [logprob for row in reading.rows for logprob in rows[row].sampler_logprobs]
+        return Evaluated(torch.tensor(own, device=values.device), values)
 
 
 def sample_responses(
@@ -264,12 +275,16 @@ def sampling(section: PpoSection, seed: int) -> Sampling:
     return Sampling(section.max_response_tokens, section.temperature, seed)
 
 
-def _groups(prompts: Sequence[Prompt]) -> list[int]:
-    """Numbers of the prompts: neighbours that are one object share one."""
+def _groups(prompts: Sequence[Prompt], samples: int) -> list[int]:
+    """Numbers of the prompts: neighbours that are one object share one, so many at most.
+
+    The same prompt may be the last of one pass over the file and the first of the next.
+    """
     numbers: list[int] = []
     for place, prompt in enumerate(prompts):
-        is_new = place == 0 or prompt is not prompts[place - 1]
-        numbers.append((numbers[-1] + is_new) if numbers else 0)
+        run = numbers.count(numbers[-1]) if numbers else samples
+        is_new = run == samples or prompt is not prompts[place - 1]
+        numbers.append((numbers[-1] if numbers else -1) + is_new)
     return numbers
 
 
@@ -277,11 +292,7 @@ def _kept(
     trunk: Trunk, batch: Sequence[Bundle], states: Tensor, places: Sequence[int]
 ) -> dict[Ids | int, TrunkStates]:
     """The trunk's states of a forward, by prompt and by row of the rollout."""
-    sizes = [
-        size
-        for each in batch
-        for size in (len(each.prompt), *(len(response) for response in each.responses))
-    ]
+    sizes = [size for each in batch for size in (len(each.prompt), *map(len, each.read))]
     keys: list[Ids | int] = [
         key for each in batch for key in (each.prompt, *(places[row] for row in each.rows))
     ]

@@ -18,10 +18,12 @@ from starling.ppo.actor_critic import build_actors, made_by
 from starling.ppo.advantage import Advantages
 from starling.ppo.config import PpoInputs, PpoSection
 from starling.ppo.estimate import Estimate, estimator
-from starling.ppo.monitor import critic_metrics
+from starling.ppo.monitor import critic_metrics, mismatch_metrics
 from starling.ppo.rollout import Collector, Rollout
 from starling.ppo.scorer import Scorer
 from starling.ppo.update import Learner
+
+Measure = Callable[[Rollout, Advantages], dict[str, float]]
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,8 @@ class Stage:
     forward: Forward
     engine: Engine
     estimate: Estimate
-    critic_metrics: Callable[[Rollout, Advantages], dict[str, float]]
+    measures: tuple[Measure, ...]
+    """What is logged of a rollout beside `rollout_metrics`, as far as it is defined."""
     shares_weights: bool
     """Whether the engine decodes with the very weights that learn."""
 
@@ -91,13 +94,12 @@ def prepare(section: PpoSection, inputs: PpoInputs, context: Context) -> Stage:
         forward=forward,
         engine=engine,
         estimate=estimator(section),
-        critic_metrics=critic_metrics if actors.actor_critic.has_critic else _no_metrics,
+        measures=(
+            *([mismatch_metrics] if section.old_logprobs == "recomputed" else []),
+            *([critic_metrics] if actors.actor_critic.has_critic else []),
+        ),
         shares_weights=shares_weights,
     )
-
-
-def _no_metrics(_rollout: Rollout, _estimated: Advantages) -> dict[str, float]:
-    return {}
 
 
 def optimizer_of(module: nn.Module, section: PpoSection) -> Trainable:

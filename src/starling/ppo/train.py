@@ -65,7 +65,8 @@ def run(section: PpoSection, inputs: PpoInputs, out: Path, context: Context) -> 
             rewards = shape_rewards(scores, kl, rollout.response_mask, kl_coef=coef)
             estimated = stage.estimate(rewards, rollout, section)
             metrics = rollout_metrics(rollout, rewards, state.controller)
-            metrics |= stage.critic_metrics(rollout, estimated)
+            for measure in stage.measures:
+                metrics |= measure(rollout, estimated)
             if state.may_learn(step + 1, metrics, rollout, out, context):
                 estimated = whitened(estimated, rollout, section)
                 learned = update(stage.learner, rollout, estimated, step=step)

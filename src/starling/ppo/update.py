@@ -228,7 +228,9 @@ def _micro_batch(
     if section.importance_cap is not None:
         sampler = rollout.sampler_logprobs[rows, :width]
         counted = counted * importance_weights(old, sampler, mask, cap=section.importance_cap)
-    loss = weights.policy * counted.sum() + weights.value * value.loss.sum()
+    loss = weights.value * value.loss.sum()
+    if weights.policy:  # not times 0: a gradient of zeros lets AdamW's momentum move the policy
+        loss = loss + weights.policy * counted.sum()
     with torch.no_grad():
         ratio = torch.exp(torch.where(mask, logprobs - old, 0.0))
         kept = (
