@@ -6,7 +6,7 @@ model: it scores the ids that were drawn, as the peer's does.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 from unittest import mock
 
@@ -81,6 +81,8 @@ def section_of(side: str, layers: int, *, num_prompts: int, precision: str, lr: 
         "value_coef": VALUE_COEF,
         "kl_coef": KL_COEF,
         "missing_end_penalty": None,
+        # As the peer has them.  In bf16 the engine decodes in another precision than we learn in.
+        "old_logprobs": "recomputed" if precision == "bf16" else "sampler",
     }
     return PpoSection.model_validate(settings)
 
@@ -138,7 +140,7 @@ class Ours:
         with self._phase("score"):
             rows = self._scored(rows)
         with self._phase("evaluate"):
-            rollout, estimated = self._evaluated(rows)
+            rollout, estimated = self._evaluated(rows, self.collector)
         stepping, stepped = self._phase("optimizer")(optimizer.step), self._taken("optimizer")
         with (
             self._phase("train"),
@@ -157,8 +159,10 @@ class Ours:
 
     def heard(self, sequences: Sequence[Sequence[int]], width: int) -> Heard:
         """Learn from given answers behind prompts of `width` places; what each step computed."""
-        rows = [_row_of(ids, width) for ids in sequences]
-        rollout, estimated = self._evaluated(self._scored(rows))
+        rows = self._scored([_row_of(ids, width) for ids in sequences])
+        # These the engine did not draw, so it has no logprobs of them.
+        section = self.learner.section.model_copy(update={"old_logprobs": "recomputed"})
+        rollout, estimated = self._evaluated(rows, replace(self.collector, section=section))
         heard = Heard()
         for epoch in range(EPOCHS):
             for chosen in minibatches(rollout, MINIBATCHES, seed=0, step=0, epoch=epoch):
@@ -195,10 +199,10 @@ class Ours:
         scores = row_scores(self.reward, conversations, PAD).tolist()
         return [row._replace(scores=(x, x)) for row, x in zip(rows, scores, strict=True)]
 
-    def _evaluated(self, rows: Sequence[Row]) -> tuple[Rollout, Advantages]:
+    def _evaluated(self, rows: Sequence[Row], collector: Collector) -> tuple[Rollout, Advantages]:
         """What `Collector.collect` does next, and the loop before it learns."""
         section, places = self.learner.section, range(len(rows))
-        evaluated, trunk, _ = self.collector._evaluate(rows, places, will_learn=False)
+        evaluated, trunk, _ = collector._evaluate(rows, places, will_learn=False)
         texts: Any = [None] * len(rows)
         rollout = rollout_of(texts, places, evaluated, own=places, trunk=trunk, device=self.device)
         kl = k1(rollout.old_logprobs, rollout.ref_logprobs)

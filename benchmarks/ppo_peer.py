@@ -9,8 +9,8 @@ is its padding, id 0, which these models never draw.
 
 import contextlib
 import importlib
+import io
 import math
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
@@ -198,8 +198,8 @@ class TrlPpo:
                 self._clocked(
                     "optimizer", trainer.optimizer, "step", lambda *_, **__: steps.append(None)
                 ),
-                # It prints, and stdout is for the rows.
-                contextlib.redirect_stdout(sys.stderr),
+                # It prints a line, and stdout is for the rows.
+                contextlib.redirect_stdout(io.StringIO()),
             ):
                 trainer.train()
         return len(steps)

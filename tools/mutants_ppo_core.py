@@ -15,7 +15,7 @@ CHANGES = {
             "num_tokens, num_rows = each.num_tokens, len(each.rows)",
             "num_tokens, num_rows = each.num_tokens, 1",
         ),
-        ("behind + len(response) - 1)]", "behind + len(response))][:-1]"),
+        ("range(behind, behind + len(response) - 1)", "range(start, start + len(response) - 1)"),
         ("behind += len(response)", "behind += len(response) - 1"),
         ("len(prompt) - 1 + step", "len(prompt) + step"),
     ],

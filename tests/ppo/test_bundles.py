@@ -53,7 +53,7 @@ def test_a_single_response_is_one_sequence_with_its_prompt_and_several_share_it(
 
 
 def of_sizes(*sizes):
-    """Bundles in which so many tokens are read, whose rows count from 0; a pair has as many rows."""
+    """Bundles in which so many tokens are read, rows counting from 0; a pair has as many rows."""
     made, row = [], 0
     for size in sizes:
         tokens, rows = size if isinstance(size, tuple) else (size, 1)

@@ -55,7 +55,7 @@ PPO = {
     "lr": 3e-3,
     "kl_target": 1.0,
     "kl_horizon": 50,
-    "select_every": 1,
+    "select_every": 2,
     "select_max_length_ratio": 2.0,
     "select_max_instruction_drop": 1.0,
     "checkpoint_every": 2,
@@ -102,10 +102,7 @@ def inputs(tmp_path_factory):
     tiny_reward_folder(folder / "scorer", folder / "policy", seed=1)
     write_records(
         folder / "prompts.jsonl",
-        [
-            Prompt(id=f"p{n}", messages=asked(n), checks={"excludes": ["a", "e"]})
-            for n in range(12)
-        ],
+        [Prompt(id=f"p{n}", messages=asked(n), checks={"excludes": ["a", "e"]}) for n in range(12)],
     )
     limit = {"kind": "max_words", "value": 2}
     write_records(
@@ -155,15 +152,15 @@ def metrics(out):
     return [json.loads(line) for line in (out / "ppo" / "metrics.jsonl").open()]
 
 
-# The start's validation collects once, each step twice; step 6 is learned from in all variants.
+# Step 5's rollout is the eighth batch: three validations come first.  All learn from step 6.
 POINTS = {
-    "rollout": (die_in(Collector, "_evaluate", 10), ["step-000002", "step-000004"]),
+    "rollout": (die_in(Collector, "_evaluate", 8), ["step-000002", "step-000004"]),
     "update": (
         lambda: die_in_update(step=5, call=3),
         ["step-000002", "step-000004"],
     ),
     "save": (die_in_half_a_save, [".tmp-step-000004", "step-000002"]),
-    "validation": (die_in(Validator, "_rate", 6), ["step-000002", "step-000004"]),
+    "validation": (die_in(Validator, "_rate", 4), ["step-000002", "step-000004"]),
     "flags": (die_in(State, "write_flags", 4), ["step-000002", "step-000004"]),
 }
 
@@ -190,9 +187,13 @@ def die_in_update(step, call):
 @pytest.mark.parametrize(
     ("variant", "point"),
     [
-        *((variant, point) for variant in VARIANTS for point in ("rollout", "update", "save")),
-        ("full", "validation"),
-        ("full", "flags"),
+        *(("full", point) for point in POINTS),
+        ("lora", "update"),
+        ("lora", "save"),
+        ("top", "rollout"),
+        ("top", "update"),
+        ("separate", "update"),
+        ("separate", "save"),
     ],
 )
 def test_a_run_killed_anywhere_ends_with_the_bytes_of_an_undisturbed_one(
@@ -222,11 +223,11 @@ def test_the_undisturbed_run_uses_all_that_a_resume_must_bring_back(variant, und
     assert extra["moments"]["m2"] > 1
     assert extra["health"]["num_seen"] == 4
     assert 3 <= len(extra["health"]["correlations"]) <= 4
-    assert len(extra["validations"]) == 5
+    assert len(extra["validations"]) == 3
     tensors = load_file(saved / "tensors.safetensors")
     selected = [name for name in tensors if name.startswith("extra/")]
     learning = [name for name in tensors if name.startswith("module/")]
-    assert extra["best_step"] in (1, 4)
+    assert extra["best_step"] in (2, 4)
     assert any(tensors[name].abs().max() > 0 for name in tensors if name.endswith("exp_avg_sq"))
     if variant == "full":
         assert len(extra["health"]["flags"]) == 3
@@ -249,7 +250,7 @@ def test_a_run_told_to_stop_in_a_rollout_ends_its_step_and_goes_on_from_there(
     inputs, undisturbed, tmp_path, capfd
 ):
     def prepare():
-        send_self(signal.SIGTERM, Collector, "_evaluate", 6)  # step 3, of which none is saved
+        send_self(signal.SIGTERM, Collector, "_evaluate", 5)  # step 3, of which none is saved
 
     assert starling_ppo(inputs, "full", tmp_path, prepare) == 128 + signal.SIGTERM
     assert "Stopped. The same command goes on from here." in capfd.readouterr().err
@@ -266,9 +267,9 @@ def test_a_run_of_the_demos_size_that_is_told_to_stop_has_left_within_ten_second
     save_model(tmp_path / "policy", policy.model, policy.codec)
     tiny_reward_folder(tmp_path / "scorer", tmp_path / "policy")
     ppo = load_recipe("demo").recipe.ppo.model_dump(mode="json", exclude_defaults=True)
-    files = {"prompts": "prompts.jsonl", "validation": None, "reward_model": "scorer"}
+    files = {"prompts": "prompts.jsonl", "validation": None, "instructions": None}
     shutil.copy(inputs / "prompts.jsonl", tmp_path)
-    ppo |= files | {"validation_prompts": 2, "select_every": ppo["steps"]}
+    ppo |= files | {"reward_model": "scorer", "validation_prompts": 2, "select_every": 1000}
     recipe = {"policy": "policy", "judge": {"kind": "rubric"}, "ppo": ppo}
     (tmp_path / "demo.yaml").write_text(json.dumps(recipe))
     child = os.fork()
@@ -280,8 +281,8 @@ def test_a_run_of_the_demos_size_that_is_told_to_stop_has_left_within_ten_second
         finally:
             os._exit(status)
     log = tmp_path / "out" / "ppo" / "metrics.jsonl"
-    deadline = time.monotonic() + 300
-    while not (log.exists() and log.stat().st_size) and time.monotonic() < deadline:
+    while not (log.exists() and log.stat().st_size):
+        assert os.waitpid(child, os.WNOHANG) == (0, 0), "it ended before its first step did"
         time.sleep(0.02)
     time.sleep(0.3)  # so that the signal comes in the middle of a step
     os.kill(child, signal.SIGTERM)
@@ -383,15 +384,11 @@ FIELDS = [
     ("optimizer",),
     ("metrics_offset",),
     ("extra", "kl_coef"),
-    ("extra", "moments"),
-    ("extra", "health"),
-    ("extra", "validations"),
     ("extra", "best_step"),
     ("extra", "moments", "m2"),
     ("extra", "health", "num_pending"),
     ("extra", "health", "flags", 0, "sentence"),
     ("extra", "validations", 1, "followed"),
-    ("extra", "validations", 1, "rating"),
 ]
 
 
@@ -409,10 +406,7 @@ def test_a_missing_field_of_a_checkpoint_is_an_error_that_names_it(
     [
         ("surprise",),
         ("extra", "surprise"),
-        ("extra", "moments", "surprise"),
         ("extra", "health", "surprise"),
-        ("extra", "health", "flags", 0, "surprise"),
-        ("extra", "validations", 1, "surprise"),
     ],
     ids=lambda path: ".".join(map(str, path)),
 )
@@ -425,39 +419,27 @@ def test_a_field_too_many_is_an_error_that_names_it(path, inputs, stopped, tmp_p
 def test_a_selected_step_that_was_never_validated_is_an_error(inputs, stopped, tmp_path, capfd):
     out = shutil.copytree(stopped, tmp_path / "out")
     tampered(out, lambda state: state["extra"].update(best_step=77))
-    refused(inputs, out, "selected step 77, and validated only 0, 1, 2, 3, 4", capfd)
+    refused(inputs, out, "selected step 77, and validated only 0, 2, 4", capfd)
 
 
 @pytest.mark.parametrize("group", ["module", "optimizer", "extra"])
-@pytest.mark.parametrize("change", ["renamed", "missing", "too many"])
-def test_tensors_under_other_names_are_an_error_that_names_them(
-    group, change, inputs, stopped, tmp_path, capfd
+def test_a_tensor_under_another_name_is_an_error_that_names_both(
+    group, inputs, stopped, tmp_path, capfd
 ):
     """Of the policy, of the optimizer's moments, and of what was selected."""
     out = shutil.copytree(stopped, tmp_path / "out")
     names = []
 
-    def other(tensors):
-        name = next(name for name in tensors if name.startswith(f"{group}/"))
-        names.append(name)
-        tensor = tensors[name].clone()
-        if change != "too many":
-            del tensors[name]
-        if change != "missing":
-            tensors[f"{name}x"] = tensor
+    def renamed(tensors):
+        names.append(next(name for name in tensors if name.startswith(f"{group}/")))
+        tensors[f"{names[0]}x"] = tensors.pop(names[0])
 
-    tampered(out, change_tensors=other)
-    [name] = names
-    words = {
-        "renamed": f"missing {name}, unexpected {name}x",
-        "missing": f"missing {name}, unexpected none",
-        "too many": f"missing none, unexpected {name}x",
-    }
-    refused(inputs, out, words[change], capfd)
+    tampered(out, change_tensors=renamed)
+    refused(inputs, out, f"missing {names[0]}, unexpected {names[0]}x", capfd)
 
 
 def refused(inputs, out, words, capfd):
-    """The run ends with exit status 2, the words and what to do; the checkpoint is left as it was."""
+    """The run ends with exit status 2, the words and what to do; the checkpoint stays as it was."""
     before = contents(out / "ppo" / "checkpoints")
     assert starling_ppo(inputs, "full", out) == 2
     said = capfd.readouterr().err

@@ -7,6 +7,7 @@ import signal
 import pytest
 
 # What a run imports by name, imported before the fork.
+import starling.ppo.train
 import starling.sft.train
 from ranks import as_torchrun_would, on_ranks
 from starling.base.checkpoint import load_newest
@@ -14,8 +15,10 @@ from starling.base.errors import DataError, Stopped
 from starling.base.jsonl import write_records
 from starling.base.metrics import MetricsLog
 from starling.cli import main
+from starling.models.training import Journal
+from starling.ppo.rollout import Collector
 from starling.sft.config import SftInputs, SftSection
-from tiny import tiny_policy_folder
+from tiny import tiny_policy_folder, tiny_reward_folder
 
 SETTINGS = {
     "conversations": "here",
@@ -202,3 +205,167 @@ def test_a_process_that_is_killed_ends_the_other(inputs, tmp_path):
     ended = starling_on(2, inputs / "recipe.yaml", tmp_path, prepare)
     assert ended[1][0] == -signal.SIGKILL
     assert ended[0][0] not in (0, 99, -signal.SIGKILL) or "onnection" in ended[0][1]
+
+
+PPO = {
+    "prompts": "prompts.jsonl",
+    "reward_model": "scorer",
+    "validation_prompts": 4,
+    "steps": 4,
+    "rollout_batch": 6,
+    "samples_per_prompt": 2,
+    "ppo_epochs": 2,
+    "minibatches": 2,
+    "max_response_tokens": 4,
+    "missing_end_penalty": None,
+    "lr": 3e-3,
+    "kl_target": 1.0,
+    "kl_horizon": 100,
+    "select_every": 1,
+    "checkpoint_every": 100,
+    "reward_scale": "running",
+    "guards": {"min_end_rate": None},
+}
+POLICIES = {
+    "full": {"critic_gate": 0.5},
+    "lora": {"train": "lora", "lora_rank": 2, "critic": "separate"},
+    "top": {"train": "top", "top_layers": 1},
+    "group": {"advantages": "rloo"},
+}
+COUNTED = ("ppo/response_tokens", "ppo/end_rate", "ppo/validation_tokens", "ppo/score_std")
+"""The same to the bit where the same tokens were sampled, but for the last, a rounding away."""
+
+
+@pytest.fixture(scope="module")
+def asked(tmp_path_factory):
+    """A policy, a reward model, prompts, and a recipe for each way to train."""
+    folder = tmp_path_factory.mktemp("asked")
+    tiny_reward_folder(folder / "scorer", tiny_policy_folder(folder / "policy"), seed=1)
+    write_records(
+        folder / "prompts.jsonl",
+        [
+            {
+                "id": f"p{n}",
+                "messages": [{"role": "user", "content": f"Question {n}?"}],
+                "checks": {"excludes": ["a", "e"]},
+            }
+            for n in range(17)
+        ],
+    )
+    for name, settings in POLICIES.items():
+        recipe = {"run": {"device": "cpu"}, "policy": "policy", "judge": {"kind": "rubric"}}
+        (folder / f"{name}.yaml").write_text(json.dumps(recipe | {"ppo": PPO | settings}))
+    return folder
+
+
+def ppo_on(size, asked, name, out, prepare=lambda rank: None):
+    """`starling ppo` in so many processes; the exit status of each, and what was said."""
+
+    def command(rank):
+        prepare(rank)
+        return main(["ppo", str(asked / f"{name}.yaml"), "--out", str(out)])
+
+    ended = as_torchrun_would(size, command)
+    return [status for status, _ in ended], "".join(text for _, text in ended)
+
+
+def ppo_metrics(out):
+    return metrics(out / "ppo")
+
+
+@pytest.fixture(scope="module")
+def alone(asked, tmp_path_factory):
+    """What one process makes of each recipe, run once."""
+    finished = {}
+
+    def folder_of(name):
+        if name not in finished:
+            finished[name] = tmp_path_factory.mktemp(f"alone-{name}")
+            statuses, said = ppo_on(1, asked, name, finished[name])
+            assert statuses == [0], said
+        return finished[name]
+
+    return folder_of
+
+
+def assert_same_metrics(found, expected):
+    """As far as the same tokens were sampled, to 1e-5; what is a difference of two, to 1e-6."""
+    assert [row["step"] for row in found] == [row["step"] for row in expected]
+    for row, other in zip(found, expected, strict=True):
+        assert row.keys() == other.keys()
+        for key, value in other.items():
+            assert row[key] == pytest.approx(value, rel=1e-5, abs=2e-6), (key, row["step"])
+
+
+def files(out):
+    return {path.relative_to(out) for path in out.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_two_processes_make_the_metrics_and_the_files_of_one(asked, alone, tmp_path, name):
+    """The judge rates in the first alone, and a checkpoint is selected and saved all the same."""
+    statuses, said = ppo_on(2, asked, name, tmp_path / "two")
+    assert statuses == [0, 0], said
+    assert_same_metrics(ppo_metrics(tmp_path / "two"), ppo_metrics(alone(name)))
+    assert files(tmp_path / "two") == files(alone(name))
+    summaries = [
+        json.loads((out / "summary.json").read_text())["ppo"]
+        for out in (tmp_path / "two", alone(name))
+    ]
+    assert summaries[0]["selected_step"] == summaries[1]["selected_step"]
+    assert summaries[0]["flags"] == summaries[1]["flags"]
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
+@pytest.mark.parametrize("name", ["full", "top"])
+def test_ppo_goes_on_in_another_number_of_processes(asked, alone, tmp_path, name, before, after):
+    def stop(rank):
+        # A signal reaches the last process alone, in the second step.
+        original = Journal.log
+
+        def log(journal, step, values, note):
+            if step == 2 and rank == before - 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            original(journal, step, values, note)
+
+        Journal.log = log
+
+    statuses, said = ppo_on(before, asked, name, tmp_path, stop)
+    assert statuses == [143] * before, said
+    [checkpoint] = (tmp_path / "ppo" / "checkpoints").iterdir()
+    assert checkpoint.name == "step-000002"
+    statuses, said = ppo_on(after, asked, name, tmp_path)
+    assert statuses == [0] * after, said
+    assert_same_metrics(ppo_metrics(tmp_path), ppo_metrics(alone(name)))
+    assert files(tmp_path) == files(alone(name))
+
+
+def test_each_process_answers_its_own_prompts_and_together_they_answer_all(asked, tmp_path):
+    def note(rank):
+        original = Collector._score
+
+        def score(collector, prompts, sampled):
+            with (tmp_path / f"rank-{rank}.jsonl").open("a") as file:
+                rows = [
+                    [prompt.id, list(each.sample.ids)]
+                    for prompt, each in zip(prompts, sampled, strict=True)
+                ]
+                file.write(json.dumps(rows) + "\n")
+            return original(collector, prompts, sampled)
+
+        Collector._score = score
+
+    statuses, said = ppo_on(2, asked, "full", tmp_path / "two", note)
+    assert statuses == [0, 0], said
+    shares = [
+        [json.loads(line) for line in (tmp_path / f"rank-{rank}.jsonl").open()] for rank in (0, 1)
+    ]
+    assert len(shares[0]) == len(shares[1]) == 1 + 4 + 4
+    drawn = []
+    for first, second in zip(*shares, strict=True):
+        asked_first, asked_second = ({name for name, _ in share} for share in (first, second))
+        assert not asked_first & asked_second
+        assert len(first) == len(second) == 2 * len(asked_first) or len(first) == len(second) == 2
+        drawn.append({tuple(ids) for _, ids in first} & {tuple(ids) for _, ids in second})
+    # Different seeds: answers of four tokens hardly ever meet.
+    assert sum(map(len, drawn)) < 3

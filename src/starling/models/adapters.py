@@ -3,6 +3,7 @@
 LoRA is peft's, put into the model in place, so that the model stays transformers' own class.
 """
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -14,6 +15,8 @@ from transformers.pytorch_utils import Conv1D
 
 from starling.base.errors import InputError, RecipeError
 from starling.models.reward_model import score_head
+
+logger = logging.getLogger(__name__)
 
 
 @runtime_checkable
@@ -123,7 +126,7 @@ def without_adapters(model: nn.Module) -> Iterator[None]:
 
 
 def untie(model: PreTrainedModel) -> None:
-    """Give the head weights of its own, in place; nothing changes where it has them.
+    """Give the head weights of its own, in place, and say so; nothing where it has them.
 
     A head that learns and is the embeddings too would move what a frozen trunk reads.
     """
@@ -133,3 +136,7 @@ def untie(model: PreTrainedModel) -> None:
         head.weight = nn.Parameter(embeddings.weight.detach().clone())
         config: Any = model.config
         config.tie_word_embeddings = False
+        logger.info(
+            "the head learns and the embeddings stay: they are no longer tied, and the saved model "
+            f"has {head.weight.numel():,} weights more"
+        )
