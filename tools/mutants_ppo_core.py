@@ -57,7 +57,6 @@ CHANGES = {
         ("scores=scores[0],", "scores=scores[1],"),
         ("each_score=scores[1:],", "each_score=scores,"),
         ("prompt is not prompts[place - 1]", "True"),
-        ("each.prompt, *(places[row] for row", "each.prompt, *(row for row"),
         (
             "old_logprobs=found[0], ref_logprobs=found[1]",
             "old_logprobs=found[1], ref_logprobs=found[0]",

@@ -130,6 +130,7 @@ def resolve_ppo(section: PpoSection, recipe: Recipe, paths: Paths) -> PpoInputs:
         validation=paths.file("ppo.validation", validation) if validation is not None else None,
         judge=_judge(recipe, paths),
         instructions=paths.file("ppo.instructions", instructions) if instructions else None,
+        questions=paths.file("bench.questions", recipe.bench.questions) if recipe.bench else None,
     )
 
 

@@ -18,7 +18,7 @@ ROLLOUT = {
     "ppo/explained_variance": 0.5,
     "ppo/end_rate": 0.98,
     "ppo/response_tokens": 10.0,
-    "ppo/score_std": 0.9,
+    "ppo/shaped_score_std": 0.9,
     "ppo/score_length_correlation": 0.1,
 }
 UPDATE = {
@@ -47,7 +47,7 @@ EDGES = [
     ("min_sequence_kl", "ppo/sequence_kl", -0.5, -0.51),
     ("max_sampler_mismatch", "ppo/sampler_mismatch", 0.1, 0.101),
     ("min_entropy", "ppo/entropy", 0.01, 0.0099),
-    ("min_score_std", "ppo/score_std", 1e-4, 0.0),
+    ("min_score_std", "ppo/shaped_score_std", 1e-4, 0.0),
     ("min_explained_variance", "ppo/explained_variance", -2.0, -2.01),
     ("min_end_rate", "ppo/end_rate", 0.5, 0.49),
     ("max_length_ratio", "ppo/response_tokens", 15.0, 15.01),

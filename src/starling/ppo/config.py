@@ -32,7 +32,8 @@ class RewardSource(Section):
 class Guards(Section):
     """Limits beyond which a rollout batch is not learned from; checked before the update.
 
-    null switches a guard off.  docs/metrics.md says what each figure is.
+    Those on an update speak after it, against the next batch.  null switches a guard off, but for
+    max_sequence_kl's.  docs/metrics.md says what each figure is.
     """
 
     action: Literal["warn", "skip", "stop"] = "warn"
@@ -63,7 +64,7 @@ class Guards(Section):
     max_length_correlation: float | None = Field(0.9, gt=0, le=1)
     """Correlation of score and length within a batch, mean of the last `warmup` iterations."""
     min_score_std: float | None = Field(1e-4, ge=0)
-    """Spread of the scores in a batch: with none there is nothing to learn."""
+    """Spread of the shaped scores in a batch: with none there is nothing to learn."""
     warmup: int = Field(5, ge=1)
     """Iterations that a start is averaged over, and after which all guards watch."""
 
@@ -152,7 +153,7 @@ class PpoSection(Section):
     whiten_rewards: bool = False
     """Divide rewards by their deviation, keeping their mean (Ziegler 2019, style tasks)."""
     whiten_advantages: bool = True
-    """Advantages to mean 0 and variance 1 over the whole rollout batch."""
+    """GAE's advantages to mean 0 and variance 1 over the whole rollout batch."""
     clip_range: float = Field(0.2, gt=0)
     """Policy ratio clip."""
     value_clip_range: float | None = Field(0.2, gt=0)
@@ -165,7 +166,7 @@ class PpoSection(Section):
     """Target KL to the reference in nats per sequence; absent: `kl_coef` stays fixed."""
     kl_horizon: int = Field(10_000, ge=1)
     """Episodes over which the controller reacts (Ziegler 2019: 10000)."""
-    missing_end_penalty: float | None = -1.0
+    missing_end_penalty: float | None = Field(-1.0, le=0)
     """For a response that was cut (Ziegler 2019: -1); null: scored as it is."""
     missing_end: Literal["replace", "add"] = "replace"
     """The penalty stands for the score (Ziegler 2019), or is added to it."""
@@ -237,6 +238,15 @@ class PpoSection(Section):
                 f"advantages: {self.advantages} has no critic to warm up or to gate",
             ),
             (
+                not has_critic and (self.whiten_rewards or from_reward),
+                f"advantages: {self.advantages} has no critic, nor rewards to whiten; leave "
+                "whiten_rewards and critic out",
+            ),
+            (
+                self.combine != "mean" and any(each.weight != 1 for each in self.reward_models),
+                f"reward_models: weights count in combine: mean only, not in {self.combine}",
+            ),
+            (
                 self.reward_model is not None and bool(self.reward_models),
                 "reward_models: stands beside reward_model; name all models there",
             ),
@@ -277,3 +287,5 @@ class PpoInputs:
     validation: Path | None
     judge: JudgeSection | None
     instructions: Path | None = None
+    questions: Path | None = None
+    """The bench's, none of which may be trained or selected on."""

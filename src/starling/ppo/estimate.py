@@ -50,12 +50,15 @@ def shaped_scores(
 
     The running moments take the batch in before they are used, as in alpha's trainer.
     """
-    is_running = "running" in (section.reward_centre, section.reward_scale)
-    moments = moments.updated(rollout.scores) if is_running else moments
+    seen, clip = rollout.scores, section.reward_clip
+    if clip is not None and section.reward_centre == "none":
+        seen = seen.clamp(-clip, clip)  # alpha's trainer measures what it has clipped
+    if "running" in (section.reward_centre, section.reward_scale):
+        moments = moments.updated(seen)
     scores = centre_clip_scale(
         rollout.scores,
         centre=moments.mean if section.reward_centre == "running" else 0.0,
-        clip=section.reward_clip,
+        clip=clip,
         scale=(moments.std or 1.0) if section.reward_scale == "running" else 1.0,
         shift=section.reward_shift,
     )
@@ -92,7 +95,10 @@ def by_group(
 
 
 def whitened(estimated: Advantages, rollout: Rollout, section: PpoSection) -> Advantages:
-    """Advantages as the policy's loss takes them; returns are not touched."""
-    if not section.whiten_advantages:
+    """Advantages as the policy's loss takes them; returns are not touched.
+
+    Those of groups are left as they are: whitened over tokens they would be of no published method.
+    """
+    if not section.whiten_advantages or section.advantages != "gae":
         return estimated
     return estimated._replace(advantages=whiten(estimated.advantages, rollout.response_mask))

@@ -73,7 +73,7 @@ GUARDS = (
     ),
     Guard(
         "min_score_std",
-        "ppo/score_std",
+        "ppo/shaped_score_std",
         lt,
         "rollout",
         "The scores of a batch spread by {found:.3g}, less than {limit:.3g}: there is nothing to "

@@ -3,6 +3,7 @@
 Shapes: B rollouts, T response tokens.  Masks: True = keep.
 """
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -19,7 +20,7 @@ FIELD_NAMES = {
     "objective/kl": "ppo/sequence_kl",
     "objective/kl_coef": "ppo/kl_coef",
     "objective/entropy": "ppo/sequence_entropy",
-    "objective/score": "ppo/score",
+    "objective/score": "ppo/shaped_score",
     "objective/score_total": "ppo/reward_total",
     "policy/approxkl": "ppo/approx_kl_k2",
     "policy/clipfrac": "ppo/clip_fraction",
@@ -31,7 +32,6 @@ FIELD_NAMES = {
     "val/vpred": "ppo/value",
     "val/error": "ppo/squared_value_error",
     "val/clipfrac": "ppo/value_clip_fraction",
-    "val/var_explained": "ppo/explained_variance",
     "returns/mean": "ppo/returns_mean",
     "returns/var": "ppo/returns_var",
 }
@@ -41,13 +41,23 @@ FIELD_NAMES = {
 def with_field_names(metrics: Mapping[str, float]) -> dict[str, float]:
     """The metrics, and the same numbers under the names that the field knows."""
     known = {name: metrics[own] for name, own in FIELD_NAMES.items() if own in metrics}
-    return {**metrics, **known}
+    found = {**metrics, **known}
+    if "val/error" in found and found["returns/var"] > 0:
+        # Theirs is of the update's error, a constant offset included.
+        found["val/var_explained"] = 1 - found["val/error"] / found["returns/var"]
+    # What is not finite stands in flags.jsonl: JSON has no number for it.
+    return {name: value for name, value in found.items() if math.isfinite(value)}
 
 
 def rollout_metrics(
-    rollout: Rollout, rewards: Float[Tensor, "B T"], controller: KlController
+    rollout: Rollout,
+    shaped: Float[Tensor, " B"],
+    rewards: Float[Tensor, "B T"],
+    controller: KlController,
 ) -> dict[str, float]:
-    """What an iteration's rollouts looked like before the update; `rewards` are per token.
+    """What an iteration's rollouts looked like before the update.
+
+    `shaped` are the scores as they enter the `rewards`, which are per token.
 
     A figure that is not defined is left out: a correlation where scores or lengths are all equal.
     """
@@ -56,6 +66,8 @@ def rollout_metrics(
     metrics = {
         "ppo/score": float(rollout.scores.mean()),
         "ppo/score_std": float(rollout.scores.std(correction=0)),
+        "ppo/shaped_score": float(shaped.mean()),
+        "ppo/shaped_score_std": float(shaped.std(correction=0)),
         "ppo/reward_total": float(torch.where(mask, rewards, 0.0).sum(dim=1).mean()),
         "ppo/sequence_kl": float(sequence_kl(k1(old, reference), mask).mean()),
         "ppo/sequence_kl_k2": float(sequence_kl(k2(old, reference), mask).mean()),

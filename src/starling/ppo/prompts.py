@@ -9,7 +9,7 @@ from starling.base.context import Context
 from starling.base.errors import DataError
 from starling.base.seeding import permutation
 from starling.data.chat import ChatCodec
-from starling.data.records import Prompt
+from starling.data.records import Prompt, Question
 from starling.data.rows import read_rows
 from starling.judging.instructions import InstructedPrompt
 from starling.models.local import trim_turns
@@ -61,11 +61,26 @@ def load_prompts(
             f"{inputs.prompts}: {len(training)} training and {len(held_out)} validation prompts "
             "are left; give more prompts, or lower ppo.validation_prompts"
         )
+    _refuse_questions([*training, *held_out, *instructed], inputs, quarantine)
     ids = [prompt.id for prompt in held_out]
     twice = next((name for name in ids if ids.count(name) > 1), None)
     if twice is not None:
         raise DataError(f"two validation prompts share the id {twice!r}; give each its own")
     return training, HeldOut(tuple(held_out), tuple(instructed))
+
+
+def _refuse_questions(prompts: Sequence[Prompt], inputs: PpoInputs, quarantine: Path) -> None:
+    """Raise DataError for prompts that put a question of the bench: its score would prove little."""
+    if inputs.questions is None:
+        return
+    questions = read_rows(inputs.questions, Question, quarantine=quarantine)
+    asked = {turn.strip() for question in questions for turn in question.turns}
+    same = [prompt.id for prompt in prompts if prompt.messages[-1].content.strip() in asked]
+    if same:
+        raise DataError(
+            f"{len(same)} of PPO's prompts put questions of {inputs.questions} (for example "
+            f"{same[0]!r}); take them out of ppo.prompts, ppo.validation and ppo.instructions"
+        )
 
 
 def _distinct(prompts: Sequence[Prompt]) -> list[Prompt]:

@@ -281,10 +281,11 @@ def _groups(prompts: Sequence[Prompt], samples: int) -> list[int]:
     The same prompt may be the last of one pass over the file and the first of the next.
     """
     numbers: list[int] = []
+    number, run = -1, samples
     for place, prompt in enumerate(prompts):
-        run = numbers.count(numbers[-1]) if numbers else samples
         is_new = run == samples or prompt is not prompts[place - 1]
-        numbers.append((numbers[-1] if numbers else -1) + is_new)
+        number, run = number + is_new, 1 if is_new else run + 1
+        numbers.append(number)
     return numbers
 
 

@@ -23,6 +23,7 @@ from starling.judging.instructions import InstructedPrompt, share_followed
 from starling.judging.judge import GradedAnswer, Judge, Rating
 from starling.judging.refusals import is_refusal
 from starling.models.interfaces import Sampling
+from starling.models.parallel import from_everyone
 from starling.ppo.config import PpoSection
 from starling.ppo.kl import k1, sequence_kl
 from starling.ppo.rollout import Collector, Rollout, sample_responses, sampling
@@ -71,10 +72,12 @@ class Validator:
         ]
         answers = self.collector.collect(self.prompts, samplings)
         kl = sequence_kl(k1(answers.old_logprobs, answers.ref_logprobs), answers.response_mask)
-        rated = self._rate(answers, step) if self.collector.context.rank == 0 else {}
+        context = self.collector.context
+        # All decide from the same ratings: what follows is done by every process or by none.
+        rated, *_ = from_everyone(self._rate(answers, step) if context.rank == 0 else {}, context)
         rows = zip(answers.prompts, answers.texts, answers.is_finished.tolist(), strict=True)
         write_records(
-            self.collector.context.own_path(self.out / "validation" / f"step-{step:06d}.jsonl"),
+            context.own_path(self.out / "validation" / f"step-{step:06d}.jsonl"),
             [
                 {"id": prompt.id, "category": prompt.category, "answer": text}
                 | {"finished": finished, "checks": prompt.checks}
@@ -141,17 +144,40 @@ def _share(answers: Rollout, *, good_natured: bool, refused: bool) -> float | No
 
 
 def is_eligible(candidate: Validation, start: Validation, section: PpoSection) -> bool:
-    """Whether length, instructions and KL allow this checkpoint.
+    """Whether length, instructions and KL allow this checkpoint."""
+    return not objections(candidate, start, section)
+
+
+def objections(candidate: Validation, start: Validation, section: PpoSection) -> list[str]:
+    """What speaks against this checkpoint, and what to do about it.
 
     Starling's own rule was at most 0.05 of IFEval lost; the KL is to be 0.5 to 1.5 of its target,
     where there is one.
     """
-    is_short = candidate.response_tokens <= section.select_max_length_ratio * start.response_tokens
+    longest = section.select_max_length_ratio * start.response_tokens
     lost = (start.followed or 0.0) - (candidate.followed or 0.0)
-    is_sound = is_short and lost <= section.select_max_instruction_drop + 1e-12
-    if section.kl_target is None:
-        return is_sound
-    return is_sound and 0.5 <= candidate.kl["mean"] / section.kl_target <= 1.5
+    kl, target = candidate.kl["mean"], section.kl_target
+    found = (
+        (
+            candidate.response_tokens > longest,
+            f"answers of {candidate.response_tokens:.1f} tokens, over {longest:.1f}: set "
+            "ppo.length_penalty, or raise ppo.select_max_length_ratio",
+        ),
+        (
+            lost > section.select_max_instruction_drop + 1e-12,
+            f"{lost:.3f} fewer of the instructions followed: lower ppo.lr or raise ppo.kl_coef",
+        ),
+        (
+            target is not None and kl > 1.5 * target,
+            f"a KL of {kl:.2f} nats, over 1.5 times its target: lower ppo.lr or raise ppo.kl_coef",
+        ),
+        (
+            target is not None and kl < 0.5 * target,
+            f"a KL of {kl:.2f} nats, under half its target: raise ppo.lr or ppo.steps, or lower "
+            "ppo.kl_coef",
+        ),
+    )
+    return [text for is_so, text in found if is_so]
 
 
 def is_better(candidate: Validation, best: Validation | None) -> bool:

@@ -10,7 +10,7 @@ detail that decides whether this is PPO stands, and which test pins it.
 import contextlib
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from starling.base.context import Context
@@ -30,7 +30,7 @@ from starling.ppo.kl import k1
 from starling.ppo.monitor import rollout_metrics, with_field_names
 from starling.ppo.prompts import load_prompts
 from starling.ppo.rollout import sampling
-from starling.ppo.select import Validator
+from starling.ppo.select import Validator, objections
 from starling.ppo.setup import Stage, prepare
 from starling.ppo.state import State
 from starling.ppo.update import update
@@ -64,14 +64,15 @@ def run(section: PpoSection, inputs: PpoInputs, out: Path, context: Context) -> 
             coef = state.controller.coef
             rewards = shape_rewards(scores, kl, rollout.response_mask, kl_coef=coef)
             estimated = stage.estimate(rewards, rollout, section)
-            metrics = rollout_metrics(rollout, rewards, state.controller)
+            metrics = rollout_metrics(rollout, scores, rewards, state.controller)
             for measure in stage.measures:
                 metrics |= measure(rollout, estimated)
             if state.may_learn(step + 1, metrics, rollout, out, context):
                 estimated = whitened(estimated, rollout, section)
                 learned = update(stage.learner, rollout, estimated, step=step)
-                state.health.check_update(step + 1, learned)
+                state.note_update(step + 1, learned, rollout, out, context)
                 metrics |= learned
+            rollout = replace(rollout, live=None)  # its graph would outlive it by a rollout
             stage.publish(step + 1)
             state.control(metrics, section, step=step)
             if (step + 1) % section.select_every == 0 or step + 1 == section.steps:
@@ -119,16 +120,12 @@ def _finish(
         unknown = model.load_state_dict(selection.weights, strict=False).unexpected_keys
         assert not unknown, f"the selection has weights that the policy has not: {unknown}"
     elif any(validation.rating is not None for validation in selection.validations):
+        reasons = "; ".join(objections(chosen, selection.validations[0], section))
         logger.warning(
-            "no checkpoint kept within the limits on length (%.2f x), instructions (-%.2f) and KL "
-            "(target %s nats); the last one is saved. Lower ppo.lr or raise ppo.kl_coef",
-            section.select_max_length_ratio,
-            section.select_max_instruction_drop,
-            section.kl_target,
+            "no checkpoint was within the limits, and the last one is saved: %s",
+            reasons or "others were not, and the judge rated none of them higher",
         )
     save_model(out / "model", model, stage.start.codec)
-    if state.health.flags:
-        state.write_flags(out)
     figures = {
         "sequence_kl": chosen.kl,
         "kl_target": section.kl_target,
