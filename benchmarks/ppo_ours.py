@@ -208,7 +208,7 @@ class Ours:
         kl = k1(rollout.old_logprobs, rollout.ref_logprobs)
         rewards = shape_rewards(rollout.scores, kl, rollout.response_mask, kl_coef=section.kl_coef)
         estimated = estimator(section)(rewards, rollout, section)
-        rollout_metrics(rollout, rewards, KlController(section.kl_coef))
+        rollout_metrics(rollout, rollout.scores, rewards, KlController(section.kl_coef))
         critic_metrics(rollout, estimated)
         return rollout, whitened(estimated, rollout, section)
 

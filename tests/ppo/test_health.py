@@ -161,7 +161,12 @@ def test_what_is_not_finite_is_flagged_whatever_the_limits_and_leaves_no_trace(
 
 
 def test_a_missing_metric_is_an_error_but_for_those_that_may_be_absent() -> None:
-    optional = {"ppo/score", "ppo/explained_variance", "ppo/score_length_correlation"}
+    optional = {
+        "ppo/score",
+        "ppo/explained_variance",
+        "ppo/sampler_mismatch",
+        "ppo/score_length_correlation",
+    }
     for metric in ROLLOUT:
         health = settled()
         rest = {name: value for name, value in ROLLOUT.items() if name != metric}
@@ -191,7 +196,7 @@ def course(random: Random, steps: int, *, hack: float = 0.0) -> list[tuple[dict,
             "ppo/explained_variance": noisy(0.5 - 0.5 * 0.8**step, 0.2),
             "ppo/end_rate": min(1.0, noisy(0.96, 0.02)),
             "ppo/response_tokens": noisy(11 * (1 + hack) ** step, 0.7),
-            "ppo/score_std": noisy(0.9, 0.1),
+            "ppo/shaped_score_std": noisy(0.9, 0.1),
             "ppo/score_length_correlation": noisy(0.97 if hack else 0.2, 0.01 if hack else 0.15),
         }
         update = UPDATE | {"ppo/clip_fraction": abs(noisy(0.1, 0.04))}

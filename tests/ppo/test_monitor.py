@@ -22,6 +22,7 @@ from starling.ppo.update import update
 NAN = float("nan")
 # Padding holds what must never be counted.
 FIXED = KlController(0.1)
+SHAPED = torch.tensor([0.5, -1.0, 2.0])
 MASK = torch.tensor([[True, True], [True, False], [True, True]])
 
 
@@ -52,6 +53,8 @@ def test_figures_by_hand():
     expected = {
         "ppo/score": 2.0,
         "ppo/score_std": math.sqrt(2 / 3),
+        "ppo/shaped_score": 0.5,
+        "ppo/shaped_score_std": math.sqrt((1.5**2 + 1.5**2) / 3),
         "ppo/reward_total": (1.0 + 2.5 + 1.6) / 3,
         "ppo/sequence_kl": (0.6 + 0.2 + 0.4) / 3,
         "ppo/sequence_kl_k2": sum(x * x / 2 for row in k1 for x in row) / 3,
@@ -64,7 +67,7 @@ def test_figures_by_hand():
         # Lengths 2, 1, 2 about 5/3 and scores -1, 1, 0: (-1/3 - 2/3) / sqrt(2/3 * 2).
         "ppo/score_length_correlation": -1 / math.sqrt(4 / 3),
     }
-    assert rollout_metrics(rollout(), rewards, FIXED) == pytest.approx(expected, rel=1e-5)
+    assert rollout_metrics(rollout(), SHAPED, rewards, FIXED) == pytest.approx(expected, rel=1e-5)
 
 
 def mismatch_of(made):
@@ -100,22 +103,26 @@ def test_the_mismatchs_tail_is_told_apart_from_its_mean():
 
 def test_what_is_not_defined_is_left_out():
     equal = rollout(scores=torch.ones(3))
-    assert "ppo/score_length_correlation" not in rollout_metrics(equal, torch.zeros(3, 2), FIXED)
-    assert "ppo/kl_in_band" not in rollout_metrics(rollout(), torch.zeros(3, 2), FIXED)
+    assert "ppo/score_length_correlation" not in rollout_metrics(
+        equal, SHAPED, torch.zeros(3, 2), FIXED
+    )
+    assert "ppo/kl_in_band" not in rollout_metrics(rollout(), SHAPED, torch.zeros(3, 2), FIXED)
 
 
 @pytest.mark.parametrize(("target", "is_within"), [(0.4, 1.0), (0.7, 1.0), (0.9, 0.0), (0.2, 0.0)])
 def test_the_controller_says_its_coefficient_and_whether_the_kl_is_in_its_band(target, is_within):
     # The sequence KL is 0.4: within half of the target, or not.
-    found = rollout_metrics(rollout(), torch.zeros(3, 2), KlController(0.25, target))
+    found = rollout_metrics(rollout(), SHAPED, torch.zeros(3, 2), KlController(0.25, target))
     assert (found["ppo/kl_coef"], found["ppo/kl_in_band"]) == (0.25, is_within)
 
 
 def test_several_reward_models_show_how_far_they_disagree():
-    assert "ppo/score_disagreement" not in rollout_metrics(rollout(), torch.zeros(3, 2), FIXED)
+    assert "ppo/score_disagreement" not in rollout_metrics(
+        rollout(), SHAPED, torch.zeros(3, 2), FIXED
+    )
     # Deviations of a pair are half their distance: 1, 0 and 2.
     each = torch.tensor([[1.0, 3.0, 2.0], [3.0, 3.0, -2.0]])
-    found = rollout_metrics(rollout(each_score=each), torch.zeros(3, 2), FIXED)
+    found = rollout_metrics(rollout(each_score=each), SHAPED, torch.zeros(3, 2), FIXED)
     assert found["ppo/score_disagreement"] == pytest.approx(1.0)
 
 
@@ -138,10 +145,24 @@ def test_the_fields_names_are_the_same_numbers():
     assert found == {"ppo/sequence_kl": 1.5, "ppo/other": 2.0, "objective/kl": 1.5}
 
 
+def test_openais_explained_variance_counts_a_constant_offset():
+    # Values 5 below returns of variance 1 explain all of it by our figure, and nothing by theirs.
+    given = {"ppo/squared_value_error": 25.0, "ppo/returns_var": 1.0, "ppo/explained_variance": 1.0}
+    assert with_field_names(given)["val/var_explained"] == -24.0
+    assert "val/var_explained" not in with_field_names(given | {"ppo/returns_var": 0.0})
+
+
+def test_what_is_no_number_is_not_logged_as_one():
+    assert with_field_names({"ppo/sequence_kl": NAN, "ppo/score": math.inf, "ppo/value": 1.0}) == {
+        "ppo/value": 1.0,
+        "val/vpred": 1.0,
+    }
+
+
 def metrics_of(**settings):
     made = make(**settings)
     estimated = made_advantages(made.rollout)
-    metrics = rollout_metrics(made.rollout, made.rollout.old_logprobs, FIXED)
+    metrics = rollout_metrics(made.rollout, made.rollout.scores, made.rollout.old_logprobs, FIXED)
     if made.actors.actor_critic.has_critic:
         metrics |= critic_metrics(made.rollout, estimated)
     return with_field_names(metrics | update(made.learner, made.rollout, estimated, step=0))

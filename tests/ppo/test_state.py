@@ -18,7 +18,7 @@ from starling.ppo.state import State, rollout_rows
 SETTINGS = {"kl_coef": 0.1, "kl_target": 6.0, "kl_horizon": 1000, "samples_per_prompt": 2}
 HEALTHY = {
     "ppo/sequence_kl": 1.0,
-    "ppo/score_std": 1.0,
+    "ppo/shaped_score_std": 1.0,
     "ppo/end_rate": 1.0,
     "ppo/response_tokens": 9.0,
     "ppo/sampler_mismatch": 0.0,
@@ -73,6 +73,8 @@ def test_what_is_kept_comes_back_through_json():
         (lambda extra: extra["health"].pop("num_seen"), "missing num_seen"),
         (lambda extra: extra["validations"][0].pop("rating"), "missing rating"),
         (lambda extra: extra.update(best_step=3), "selected step 3, and validated only 0"),
+        (lambda extra: extra.update(kl_coef=-1), "kl_coef is -1"),
+        (lambda extra: extra.update(kl_coef="0.1"), "kl_coef is '0.1'"),
     ],
 )
 def test_a_state_with_other_fields_is_refused(edit, told):
@@ -129,8 +131,40 @@ def test_a_flagged_batch_is_written_and_said_and_learned_from_or_not(
     assert lines(tmp_path / "flagged" / "step-000007.jsonl") == rollout_rows(rollout)
 
 
+def test_a_flag_of_an_update_stands_with_the_batch_that_it_learned_from(rollout, tmp_path, caplog):
+    state = new(section_of(guards={"action": "skip"}))
+    learned = {"ppo/approx_kl": 9.0, "ppo/first_approx_kl": 0.0, "ppo/ratio": 1.0}
+    with caplog.at_level(logging.WARNING, "starling"):
+        state.note_update(4, learned | {"ppo/clip_fraction": 0.1}, rollout, tmp_path, ALONE)
+        assert len(caplog.messages) == 1
+        assert [flag["step"] for flag in lines(tmp_path / "flags.jsonl")] == [4]
+        assert lines(tmp_path / "flagged" / "step-000004.jsonl") == rollout_rows(rollout)
+        # The next batch pays for it, said and written once.
+        assert not state.may_learn(5, HEALTHY, rollout, tmp_path, ALONE)
+        assert state.may_learn(6, HEALTHY, rollout, tmp_path, ALONE)
+    assert len(caplog.messages) == 1
+    assert not (tmp_path / "flagged" / "step-000005.jsonl").exists()
+
+
+def test_a_batch_with_figures_that_are_no_numbers_is_written_too_and_moves_no_coefficient(
+    rollout, tmp_path
+):
+    scores, reference = rollout.scores.clone(), rollout.ref_logprobs.clone()
+    scores[0], reference[1] = float("inf"), float("nan")
+    broken = dataclasses.replace(rollout, scores=scores, ref_logprobs=reference)
+    section = section_of(**SETTINGS, guards={"action": "skip"})
+    state = new(section)
+    metrics = HEALTHY | {"ppo/sequence_kl": float("nan")}
+    assert not state.may_learn(2, metrics, broken, tmp_path, ALONE)
+    state.control(metrics, section, step=1)
+    assert state.controller.coef == 0.1
+    rows = lines(tmp_path / "flagged" / "step-000002.jsonl")
+    assert ["score" in row for row in rows[:3]] == [False, True, True]
+    assert ["kl" in row for row in rows[:3]] == [True, False, True]
+
+
 def test_a_guard_that_stops_says_where_the_batch_is(rollout, tmp_path):
-    with pytest.raises(InputError, match="before the update of step 7.*flagged.*action: warn"):
+    with pytest.raises(InputError, match="before the update of step 7.*flagged.*begins again"):
         flagged("stop", rollout, tmp_path)
     assert (tmp_path / "flagged" / "step-000007.jsonl").exists()
     assert (tmp_path / "flags.jsonl").exists()

@@ -70,7 +70,7 @@ def load_prompts(
 
 
 def _refuse_questions(prompts: Sequence[Prompt], inputs: PpoInputs, quarantine: Path) -> None:
-    """Raise DataError for prompts that put a question of the bench: its score would prove little."""
+    """Raise DataError for prompts that put a question of the bench: it would prove little."""
     if inputs.questions is None:
         return
     questions = read_rows(inputs.questions, Question, quarantine=quarantine)
