@@ -90,7 +90,7 @@ class ScriptedEngine:
         self.requests = list(requests)
         for request in reversed(self.requests):
             ids, reason = self.response(request.sampling.seed)
-            logprobs = tuple(-0.01 * token for token in ids)
+            logprobs = tuple(-0.04 * token for token in ids)
             yield Sample(request.id, ids, logprobs, reason, 0)
 
     def stream(self, request):

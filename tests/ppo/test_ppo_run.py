@@ -6,23 +6,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from ppo.scripted import make_speller, mean, run_stage, write_prompts
 from starling.base.context import single_process_context
-from starling.base.jsonl import write_records
 from starling.judging.config import JudgeSection
 from starling.models.causal_lm import load_language_model
-from starling.models.reward_model import RewardModel
 from starling.ppo import train as ppo_train
 from starling.ppo.config import PpoInputs, PpoSection, RewardSource
 from starling.ppo.rollout import Collector
-from starling.ppo.scorer import Scorer
 from starling.ppo.select import Validator
-from starling.sft.config import Architecture, SftInputs, SftSection
-from starling.sft.train import run as run_sft
 from tiny import tiny_policy_folder, tiny_reward_folder
 
-SMALL = Architecture(
-    vocab_size=300, hidden_size=32, intermediate_size=64, layers=2, heads=2, kv_heads=1
-)
 TOY = {
     "steps": 16,
     "rollout_batch": 16,
@@ -37,70 +30,38 @@ TOY = {
 }
 
 
-class LetterCount(RewardModel):
-    """Scores an answer by its share of the letter a."""
-
-    def score(self, items):
-        texts = [item.messages[-1].content.replace(" ", "") for item in items]
-        return torch.tensor([text.count("a") / max(1, len(text)) for text in texts])
+def share_of_a(answer):
+    letters = answer.replace(" ", "")
+    return letters.count("a") / max(1, len(letters))
 
 
 @pytest.fixture(scope="module")
 def prompts(tmp_path_factory):
-    path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
-    rows = [
-        {
-            "id": f"p{number}",
-            "messages": [{"role": "user", "content": f"say {number}"}],
-            "checks": {"contains_any": ["a"], "excludes": ["b"]},
-        }
-        for number in range(48)
-    ]
-    write_records(path, rows)
-    return path
+    return write_prompts(tmp_path_factory.mktemp("prompts") / "prompts.jsonl")
 
 
 @pytest.fixture(scope="module")
 def speller(tmp_path_factory):
-    """A policy that answers with four letters, each a or b with even chances."""
-    folder = tmp_path_factory.mktemp("speller")
-    rng = torch.Generator().manual_seed(0)
-    rows = []
-    for number in range(256):
-        letters = ["ab"[bit] for bit in torch.randint(0, 2, (4,), generator=rng)]
-        turns = (("user", f"say {number % 48}"), ("assistant", " ".join(letters)))
-        rows.append({"messages": [{"role": role, "content": text} for role, text in turns]})
-    write_records(folder / "sft.jsonl", rows)
-    section = SftSection(
-        conversations="sft.jsonl", architecture=SMALL, steps=50, batch=32, lr=1e-2, warmup_steps=5
-    )
-    run_sft(section, SftInputs(folder / "sft.jsonl", None), folder, single_process_context(1))
-    return folder / "model"
+    return make_speller(tmp_path_factory.mktemp("speller"))
 
 
 @pytest.fixture
 def train(speller, prompts, tmp_path, monkeypatch):
     """Run the stage with the letter count as reward; returns summary, metrics and folder."""
-    scorer = Scorer((LetterCount(*_parts(speller)),), lambda each: each[0])
-    monkeypatch.setattr(Scorer, "load", lambda *_, **__: scorer)
 
     def train(judge=None, **settings):
-        section = PpoSection.model_validate(TOY | settings)
-        inputs = PpoInputs(str(speller), prompts, (RewardSource(model="scripted"),), None, judge)
-        summary = ppo_train.run(section, inputs, tmp_path, single_process_context(1, seed=0))
-        rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").open()]
+        summary, rows = run_stage(
+            TOY | settings,
+            speller,
+            share_of_a,
+            tmp_path,
+            prompts=prompts,
+            monkeypatch=monkeypatch,
+            judge=judge,
+        )
         return summary, rows, tmp_path
 
     return train
-
-
-def _parts(folder):
-    loaded = load_language_model(str(folder))
-    return loaded.model, loaded.codec
-
-
-def mean(rows, key):
-    return sum(row[key] for row in rows) / len(rows)
 
 
 def test_the_reward_rises_towards_its_optimum_and_the_kl_with_it(train):

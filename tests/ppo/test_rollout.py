@@ -144,7 +144,7 @@ def test_rows_stand_in_the_prompts_order_though_the_engine_finishes_in_another()
     assert rollout.texts[2] == ""
     assert rollout.response_tokens.tolist() == [len(yes) + 1, 2 * len(no), 1]
     for row, (ids, _) in enumerate(responses):
-        assert_close(rollout.sampler_logprobs[row, : len(ids)], -0.01 * torch.tensor(ids))
+        assert_close(rollout.sampler_logprobs[row, : len(ids)], -0.04 * torch.tensor(ids))
         assert not rollout.sampler_logprobs[row, len(ids) :].any()
     assert rollout.scores.tolist() == [3.0, len(rollout.texts[1]), 0.0]
 

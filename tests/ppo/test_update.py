@@ -114,6 +114,11 @@ def test_loss_and_gradient_are_those_of_the_formulas_over_each_conversation_alon
     estimated = made_advantages(made.rollout)
     rows = range(1, len(made.rollout.prompts))
     weights = Weights(1.0, made.section.value_coef)
+    if (cap := made.section.importance_cap) is not None:
+        gaps = (made.rollout.old_logprobs - made.rollout.sampler_logprobs).exp()
+        is_capped = gaps[made.rollout.response_mask] > cap
+        assert is_capped.any()
+        assert not is_capped.all()
     naive = Naive(kind, made)
     expected, policy_loss, value_loss = naive_loss(naive, made, estimated, rows, weights)
     expected.backward()
