@@ -72,7 +72,7 @@ def make_speller(folder, *, fewest=4, most=4, steps=50):
     rng = torch.Generator().manual_seed(0)
     rows = []
     for number in range(256):
-        length = int(torch.randint(fewest, most + 1, (1,), generator=rng))
+        length = fewest + number % (most + 1 - fewest)
         letters = ["ab"[bit] for bit in torch.randint(0, 2, (length,), generator=rng)]
         turns = (("user", f"say {number % NUM_PROMPTS}"), ("assistant", " ".join(letters)))
         rows.append({"messages": [{"role": role, "content": text} for role, text in turns]})

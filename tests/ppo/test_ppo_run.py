@@ -138,9 +138,9 @@ def test_nothing_of_the_validation_prompts_is_trained_on(train, monkeypatch):
     seen = []
     collect = Collector.collect
 
-    def spy(collector, batch, samplings):
+    def spy(collector, batch, *rest, **options):
         seen.append({prompt.id for prompt in batch})
-        return collect(collector, batch, samplings)
+        return collect(collector, batch, *rest, **options)
 
     monkeypatch.setattr(Collector, "collect", spy)
     _, _, out = train(steps=4)
