@@ -240,6 +240,8 @@ class TrlPpo:
             "total_episodes": num_prompts,
             "response_length": ANSWER_TOKENS,
             "temperature": 1.0,
+            # A trainer seeds torch; with one seed every update would draw answers equally long.
+            "seed": 42 + len(self.drawn),
             "stop_token_id": END,
             "learning_rate": self.lr,
             "adam_epsilon": ADAM_EPS,
