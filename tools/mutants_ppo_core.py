@@ -111,7 +111,6 @@ CHANGES = {
         ('means["ppo/ratio"] ** 2', 'means["ppo/ratio"]'),
         ("            rollout = replace(rollout, live=None)\n", ""),
         ("k3(old, logprobs)", "k3(logprobs, old)"),
-        ("rollout.live if torch.is_grad_enabled() else None", "rollout.live"),
         ("absent = () if learner.actor_critic.has_critic else VALUE_NAMES", "absent = ()"),
         ("value_clip_range=section.value_clip_range", "value_clip_range=None"),
         ("clip_range=self.section.clip_range", "clip_range=0.2"),
@@ -123,10 +122,8 @@ CHANGES = {
         ("[row for row in rows if row in own]", "rows"),
     ],
     ("ppo/estimate.py", "tests/ppo/test_ppo_estimate.py"): [
-        (
-            "moments.updated(rollout.scores) if is_running",
-            "moments.updated(rollout.scores) if True",
-        ),
+        ("moments = moments.updated(seen)", "pass"),
+        ("seen = seen.clamp(-clip, clip)", "pass"),
         ("centre=moments.mean if", "centre=0 * moments.mean if"),
         ("shift=section.reward_shift", "shift=0.0"),
         ("(moments.std or 1.0)", "moments.std"),
@@ -135,7 +132,8 @@ CHANGES = {
         ("compare(rewards.sum(dim=1), rollout.group)", "compare(rollout.scores, rollout.group)"),
         ("if section.whiten_rewards:", "if False:"),
         ("gae_lambda=section.gae_lambda", "gae_lambda=1.0"),
-        ("if not section.whiten_advantages:", "if True:"),
+        ("if not section.whiten_advantages or section", "if section"),
+        (' or section.advantages != "gae":', ":"),
         ("partial(by_group, rloo_advantages)", "partial(by_group, grpo_advantages)"),
     ],
     ("ppo/monitor.py", "tests/ppo/test_monitor.py"): [
@@ -157,13 +155,13 @@ CHANGES = {
         ("if is_within is not None:", "if is_within:"),
     ],
     ("ppo/state.py", "tests/ppo/test_state.py"): [
-        ("if step >= section.critic_warmup:", "if step > section.critic_warmup:"),
+        ("step >= section.critic_warmup", "step > section.critic_warmup"),
         ("section.rollout_batch * section.samples_per_prompt", "section.rollout_batch"),
         ('replace(new.controller, coef=extra["kl_coef"])', "new.controller"),
         ('RunningMoments(**extra["moments"])', "RunningMoments()"),
         ("        if context.rank == 0:", "        if True:"),
-        ('return action == "warn"', "return True"),
-        ('if action == "stop":', 'if action == "never":'),
+        ('return not flags or action == "warn"', "return True"),
+        ('if flags and action == "stop":', "if False:"),
     ],
     ("models/trunk.py", "tests/models/test_trunk.py"): [
         (

@@ -25,7 +25,7 @@ WORLD = {
     "kl_coef": 0.02,
     "validation_prompts": 4,
     "select_every": 100,
-    "checkpoint_every": 1,
+    "checkpoint_every": 100,
 }
 WARMUP = Guards().warmup
 
@@ -137,7 +137,7 @@ def test_the_report_shows_the_flags_and_says_what_they_mean(run):
 
 @pytest.mark.parametrize("action", ["warn", "skip"])
 def test_skip_leaves_a_flagged_batch_out_to_the_last_bit(run, action):
-    _, out = run(length, steps=WARMUP, guards={"action": action})
+    _, out = run(length, steps=WARMUP, checkpoint_every=1, guards={"action": action})
     [flag] = rows_of(out / "flags.jsonl")
     assert (flag["step"], flag["action"]) == (WARMUP, action)
     before, after = weights(out, WARMUP - 1), weights(out, WARMUP)
@@ -152,7 +152,7 @@ def test_skip_leaves_a_flagged_batch_out_to_the_last_bit(run, action):
 def test_stop_ends_the_run_before_the_update_and_again_when_it_is_run_again(run, tmp_path):
     for _ in range(2):
         with pytest.raises(InputError) as raised:
-            run(length, guards={"action": "stop"})
+            run(length, checkpoint_every=1, guards={"action": "stop"})
         said = str(raised.value)
         assert f"a guard ended the run before the update of step {WARMUP}" in said
         assert "the reward model scores little but length" in said

@@ -8,12 +8,14 @@ such limit is not used: whitening, which divides by a deviation that goes to zer
 and moments, which change r.  The tolerances tell kl_coef from one a tenth larger or smaller.
 """
 
+import json
 import math
+import re
 import zlib
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ppo.scripted import mean, run_stage
 from starling.base.jsonl import write_records
@@ -184,3 +186,91 @@ def test_a_policy_of_two_tokens_becomes_the_one_that_theory_names_for_whole_resp
     assert total_variation(start, best) > 0.4
     # Rare responses are rarely seen, so that they arrive last.
     assert total_variation(end, best) < 0.03
+
+
+GLAD = ("happy", "fun", "smile", "smiled", "love", "loved", "friend", "friends", "play", "played")
+STORIES = {
+    "chat_format": "plain",
+    "steps": 30,
+    "rollout_batch": 16,
+    "samples_per_prompt": 2,
+    "ppo_epochs": 2,
+    "max_response_tokens": 48,
+    "missing_end_penalty": None,
+    "guards": {"min_end_rate": None},
+    "lr": 3e-4,
+    "kl_coef": 0.05,
+    "kl_target": 4.0,
+    "kl_horizon": 500,
+    "validation_prompts": 32,
+    "select_every": 30,
+    "checkpoint_every": 1000,
+}
+
+
+def gladness(text):
+    """How many glad words a story has, three at most."""
+    words = re.findall(r"[a-z]+", text.lower())
+    return min(3, sum(word in GLAD for word in words))
+
+
+@pytest.mark.real_data
+def test_a_real_model_writes_gladder_stories_that_are_still_stories(
+    test_data, tmp_path, monkeypatch
+):
+    """The reward rises, the KL stays about its target, and the start finds the words as likely."""
+    folder = test_data / "models" / "stories260K"
+    openings = [
+        f"Once upon a time, a {animal} named {name}"
+        for animal in ("cat", "dog", "frog", "bear", "bird", "fox", "duck", "mouse")
+        for name in ("Lily", "Tom", "Mia", "Sam", "Ben", "Anna", "Max", "Sue")
+    ]
+    rows = [
+        {"id": str(number), "messages": [{"role": "user", "content": text}]}
+        for number, text in enumerate(openings)
+    ]
+    write_records(tmp_path / "openings.jsonl", rows)
+    _, found = run_stage(
+        STORIES,
+        folder,
+        gladness,
+        tmp_path / "ppo",
+        prompts=tmp_path / "openings.jsonl",
+        monkeypatch=monkeypatch,
+    )
+    assert mean(found[-5:], "ppo/score") > 1.5 * mean(found[:3], "ppo/score")
+    assert 0.5 * 4 < mean(found[-5:], "ppo/sequence_kl") < 1.5 * 4
+    assert max(row["ppo/sequence_kl"] for row in found) < 3 * 4
+    before, after = (
+        [json.loads(line) for line in (tmp_path / "ppo" / "validation" / name).open()]
+        for name in ("step-000000.jsonl", "step-000030.jsonl")
+    )
+    assert mean(after, "score") > mean(before, "score")
+    # In nats a token, by the start: its own stories, the new ones, and these without their order.
+    own, new, shuffled = (
+        surprise(folder, openings, answers)
+        for answers in (before, after, [row | {"answer": mixed(row["answer"])} for row in after])
+    )
+    assert new < own + 0.3
+    assert new < shuffled - 1
+
+
+def mixed(text):
+    """The same words in the alphabet's order."""
+    return " ".join(sorted(text.split()))
+
+
+@torch.no_grad()
+def surprise(folder, openings, rows):
+    """The model's mean negative logprob of the answers' tokens, by transformers alone."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    total = count = 0
+    for row in rows:
+        opening = openings[int(row["id"])]
+        begin = len(tokenizer(opening).input_ids)
+        ids = torch.tensor([tokenizer(f"{opening} {row['answer'].strip()}").input_ids])
+        logprobs = model(ids).logits[0, :-1].log_softmax(dim=-1)
+        each = logprobs.gather(1, ids[0, 1:, None])[begin - 1 :]
+        total, count = total - float(each.sum()), count + len(each)
+    return total / count

@@ -158,3 +158,18 @@ def test_advantages_are_whitened_over_the_whole_batch_and_returns_are_not():
     assert not found.advantages[~rollout.response_mask].any()
     assert torch.equal(found.returns, plain.returns)
     assert whitened(plain, rollout, section_of(whiten_advantages=False)) is plain
+
+
+def test_without_a_centre_the_deviation_is_that_of_the_clipped_scores():
+    # 1, -1, and 9 clipped to 2: their variance is 14/9.
+    found, _ = shaped(answered([1.0, -1.0, 9.0]), reward_clip=2.0, reward_scale="running")
+    deviation = (14 / 9) ** 0.5
+    assert found == pytest.approx([1 / deviation, -1 / deviation, 2 / deviation])
+
+
+@pytest.mark.parametrize("advantages", ["rloo", "grpo"])
+def test_advantages_of_groups_are_never_whitened_over_tokens(advantages):
+    rollout = answered([1.0, 2.0, 6.0], lengths=[1, 2, 3], samples=3)
+    section = section_of(advantages=advantages, samples_per_prompt=3, whiten_advantages=True)
+    plain = estimator(section)(torch.zeros(rollout.response_mask.shape), rollout, section)
+    assert whitened(plain, rollout, section) is plain

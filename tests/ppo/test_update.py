@@ -330,6 +330,15 @@ def test_what_is_measured_is_the_mean_over_tokens_by_hand():
         assert measured[name] == pytest.approx(expected.item(), rel=1e-4, abs=1e-7), name
 
 
+def test_the_variance_of_the_ratio_is_its_own():
+    made = after_a_drift(make(ppo_epochs=1, lr=1e-9))
+    gap = (made.again().old_logprobs - made.rollout.old_logprobs)[made.rollout.response_mask]
+    learned = update(made.learner, made.rollout, made_advantages(made.rollout), step=0)
+    expected = torch.exp(gap.double()).var(correction=0).item()
+    assert expected > 1e-3
+    assert learned["ppo/ratio_var"] == pytest.approx(expected, rel=1e-3)
+
+
 def clipped(gap, advantages):
     """Where the ratio is past the clip in the direction that the advantage asks for."""
     ratio = torch.exp(gap)
