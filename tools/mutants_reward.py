@@ -96,11 +96,6 @@ CHANGES = {
             "torch.tensor(row.lengths)[:, None, None] - 1",
             "torch.tensor(row.lengths)[:, None, None]",
         ),
-        ("arguments[0][:, _LAST.ends],)", "arguments[0][:, _LAST.ends - 1],)"),
-        (
-            "_LAST.ends = None if layout is None else layout.ends",
-            "_LAST.ends = layout.ends if layout else _LAST.ends",
-        ),
         ('options["dropout_p"] = settings.get("dropout", 0.0)', 'options["dropout_p"] = 0.0'),
         ('and "sliding_window=" not in code', 'and "sliding_window" not in code'),
         ("for part in [config, *backbone.modules()]", "for part in [config]"),

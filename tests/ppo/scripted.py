@@ -23,20 +23,20 @@ SMALL = Architecture(
 NUM_PROMPTS = 48
 
 
-def scripted(folder, worth):
+def scripted(folder, worth, chat_format=None):
     """A scorer by `worth(answer)`; the policy in `folder` lends it what it never uses."""
 
     class Scripted(RewardModel):
         def score(self, items):
             return torch.tensor([float(worth(item.messages[-1].content)) for item in items])
 
-    loaded = load_language_model(str(folder))
+    loaded = load_language_model(str(folder), chat_format=chat_format)
     return Scorer((Scripted(loaded.model, loaded.codec),), lambda each: each[0])
 
 
 def run_stage(section, policy, worth, out, *, prompts, monkeypatch, seed=0, **inputs):
     """Run ppo on files; returns its summary and the rows of its metrics."""
-    scorer = scripted(policy, worth)
+    scorer = scripted(policy, worth, section.get("chat_format"))
     monkeypatch.setattr(Scorer, "load", lambda *_, **__: scorer)
     given = {"validation": None, "judge": None} | inputs
     found = PpoInputs(str(policy), prompts, (RewardSource(model="scripted"),), **given)

@@ -208,7 +208,7 @@ def _micro_batch(
     section, actor_critic = learner.section, learner.actor_critic
     reading = Reading(batch, learner.context.device)
     trunk = rollout.trunk_states(actor_critic.trunk, batch)
-    flat = rollout.live if torch.is_grad_enabled() else None
+    flat = rollout.live
     if flat is None:
         flat = learner.forward(actor_critic.evaluate, reading, trunk, section.temperature)
     rows = reading.rows
