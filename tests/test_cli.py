@@ -154,7 +154,7 @@ def test_an_unknown_packaged_recipe_is_refused_with_those_there_are(capsys):
     assert cli.main(["recipe", "dmo"]) == 2
     shown = capsys.readouterr()
     assert shown.out == ""
-    assert "Did you mean demo? Packaged are demo, laptop, starling-7b-beta, " in shown.err
+    assert "Did you mean demo? Packaged are default, demo, laptop, starling-7b-beta, " in shown.err
 
 
 def test_the_resolved_recipe_goes_to_stdout_and_nothing_runs(recipe, runs, capsys):

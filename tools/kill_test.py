@@ -1,7 +1,9 @@
 """Kill real runs at random times, run the same command again, and compare every byte.
 
     python tools/kill_test.py                      the mini pipeline, ten kills
-    python tools/kill_test.py --stage ppo          one stage of it, ten kills
+    python tools/kill_test.py --stage ppo          one stage of it, ten kills, each in a phase
+    python tools/kill_test.py --stage ppo --inside save    only in saves
+    python tools/kill_test.py --stage ppo --inside         at any moment at all
     python tools/kill_test.py --points 3 --seed 7  other moments
     python tools/kill_test.py --recipe mine.yaml --stage reward --work /tmp/kills
 
@@ -9,7 +11,9 @@ An undisturbed run comes first and is timed.  Then, for each point: a fresh run 
 run` (or the stage's own command) with `kill -9` at a random moment of the time that the undisturbed
 run took, the same command again to its end, and a comparison of the two folders.  With `--stage`
 the stages before it are copied from the undisturbed run.  A kill that comes after the end of the
-run tests nothing and is drawn again.
+run tests nothing and is drawn again.  With `--inside` (for ppo without being told: rollout, update,
+save and validation, in turn) the moment lies in one of these phases: which one of the run's and
+how far into it is drawn.  Where each kill stood is printed: `kill_points.py` notes it.
 
 Compared are all files, calls.sqlite row by row, and of manifest.json what was made; left out are
 timing.jsonl, checkpoints, and lines of report.html with a clock time.  Prints one line a point and
@@ -19,6 +23,7 @@ run on a quiet core.
 
 import argparse
 import json
+import math
 import random
 import re
 import shutil
@@ -27,13 +32,17 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
+
+from kill_points import PHASES
 
 from starling.recipe import STAGES
 
 # The mini recipe and the reader of ledgers are the tests'.
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
 
+NEVER = ("-", "-", "-")
 CLOCK = re.compile(rb"\d\d:\d\d|\d+(\.\d+)? ?(s|seconds|minutes)\b")
 
 
@@ -44,8 +53,9 @@ def main() -> int:
         folder = Path(name)
         recipe = options.recipe or write_mini(folder)
         reference = folder / "undisturbed"
-        seconds = undisturbed_run(recipe, reference, options.stage)
-        expected = contents(reference)
+        notes = folder / "notes"
+        seconds = undisturbed_run(recipe, reference, options.stage, notes)
+        expected, lengths = contents(reference), lengths_of(notes)
         print(f"undisturbed: {seconds:.1f} s, {len(expected)} files")
         rng = random.Random(options.seed)
         num_different, point = 0, 0
@@ -53,16 +63,21 @@ def main() -> int:
             out = folder / "killed"
             shutil.rmtree(out, ignore_errors=True)
             prepare(reference, out, options.stage)
-            moment = rng.uniform(0, seconds)
-            if not run_and_kill(command(recipe, out, options.stage), moment):
+            if options.inside:
+                phase = options.inside[point % len(options.inside)]
+                death, moment = drawn_inside(phase, lengths, rng), math.inf
+            else:
+                death, moment = NEVER, rng.uniform(0, seconds)
+            noted = command(recipe, out, options.stage, notes, death)
+            if (after := run_and_kill(noted, moment)) is None:
                 continue
             point += 1
-            stood = progress_of(out)
-            run_to_end(command(recipe, out, options.stage))
+            stood = f"{place_of(notes)}; {progress_of(out)}"
+            run_to_end(command(recipe, out, options.stage, notes))
             different = differences(expected, contents(out))
             num_different += bool(different)
             verdict = f"DIFFERS in {', '.join(different)}" if different else "same bytes"
-            print(f"{point:3}  killed after {moment:6.2f} s ({stood}): {verdict}", flush=True)
+            print(f"{point:3}  killed after {after:6.2f} s ({stood}): {verdict}", flush=True)
     print(f"{options.points - num_different} of {options.points} runs have the same bytes")
     return 1 if num_different else 0
 
@@ -75,7 +90,13 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--points", type=int, default=10, help="how many kills")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--work", type=Path, help="where to make the temporary folder")
-    return parser.parse_args()
+    parser.add_argument(
+        "--inside", choices=PHASES, nargs="*", help="phases to kill in, in turn; none: at any time"
+    )
+    options = parser.parse_args()
+    if options.inside is None:
+        options.inside = ["rollout", "update", "save", "validation"] * (options.stage == "ppo")
+    return options
 
 
 def write_mini(folder: Path) -> Path:
@@ -85,18 +106,48 @@ def write_mini(folder: Path) -> Path:
     return write_recipe(folder)
 
 
-def command(recipe: Path, out: Path, stage: str | None) -> list[str]:
-    """What a user would type."""
-    return [sys.executable, "-m", "starling.cli", stage or "run", str(recipe), "--out", str(out)]
+def command(
+    recipe: Path, out: Path, stage: str | None, notes: Path, death: Sequence[str] = NEVER
+) -> list[str]:
+    """What a user would type, with notes of where it stands, and where it shall die."""
+    starling = [sys.executable, str(Path(__file__).with_name("kill_points.py")), str(notes), *death]
+    return [*starling, stage or "run", str(recipe), "--out", str(out)]
 
 
-def undisturbed_run(recipe: Path, out: Path, stage: str | None) -> float:
+def undisturbed_run(recipe: Path, out: Path, stage: str | None, notes: Path) -> float:
     """Run everything that is needed; returns the seconds of the part that will be killed."""
     for name in STAGES[: STAGES.index(stage)] if stage else ():
-        run_to_end(command(recipe, out, name))
+        run_to_end(command(recipe, out, name, notes))
     started = time.monotonic()
-    run_to_end(command(recipe, out, stage))
+    run_to_end(command(recipe, out, stage, notes))
     return time.monotonic() - started
+
+
+def lengths_of(notes: Path) -> dict[str, list[float]]:
+    """Seconds of every phase of a run, by name."""
+    lengths: dict[str, list[float]] = {}
+    begun = 0.0
+    for what, phase, _, seconds in (line.split() for line in notes.open()):
+        if what == "begin":
+            begun = float(seconds)
+        else:
+            lengths.setdefault(phase, []).append(float(seconds) - begun)
+    return lengths
+
+
+def drawn_inside(phase: str, lengths: dict[str, list[float]], rng: random.Random) -> list[str]:
+    """A random moment of a random one of these phases, as `kill_points.py` wants it."""
+    number = rng.randrange(len(lengths[phase]))
+    return [phase, str(number + 1), f"{rng.uniform(0, lengths[phase][number]):.4f}"]
+
+
+def place_of(notes: Path) -> str:
+    """The phase that a killed run was in, or the last that it had ended."""
+    lines = notes.read_text().splitlines() if notes.exists() else []
+    if not lines:
+        return "before its first phase"
+    what, phase, number, _ = lines[-1].split()
+    return f"{'in' if what == 'begin' else 'after'} {phase} {number}"
 
 
 def prepare(reference: Path, out: Path, stage: str | None) -> None:
@@ -106,15 +157,15 @@ def prepare(reference: Path, out: Path, stage: str | None) -> None:
             shutil.copytree(reference / name, out / name)
 
 
-def run_and_kill(arguments: list[str], moment: float) -> bool:
-    """Whether the run was still going after `moment` seconds; it is then dead."""
+def run_and_kill(arguments: list[str], moment: float) -> float | None:
+    """After how many seconds the run died: at `moment`, or before by itself; None: it ended."""
+    started = time.monotonic()
     process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        process.wait(timeout=moment)
+        process.wait(timeout=None if moment == math.inf else moment)
     except subprocess.TimeoutExpired:
         process.kill()
-        return process.wait() == -signal.SIGKILL
-    return False
+    return time.monotonic() - started if process.wait() == -signal.SIGKILL else None
 
 
 def run_to_end(arguments: list[str]) -> None:

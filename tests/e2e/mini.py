@@ -31,6 +31,7 @@ ppo:
   prompts: data/ppo.jsonl
   validation: data/validation.jsonl
   validation_prompts: 8
+  instructions: data/instructions.jsonl
   steps: 3
   rollout_batch: 4
   samples_per_prompt: 2
@@ -39,12 +40,14 @@ ppo:
   lr: 1e-3
   kl_target: 4
   kl_horizon: 200
+  reward_centre: running
+  reward_scale: running
   select_every: 1
   checkpoint_every: 1
 bench: {questions: data/bench.jsonl, max_tokens: 12, best_of: 2}
 """
 
-SIZES = Sizes(sft=64, prompts=32, ppo=16, validation=8, bench=8)
+SIZES = Sizes(sft=64, prompts=32, ppo=16, validation=8, bench=8, instructions=6)
 
 
 def write_recipe(folder: Path, text: str = RECIPE) -> Path:

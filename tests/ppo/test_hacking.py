@@ -156,7 +156,7 @@ def test_stop_ends_the_run_before_the_update_and_again_when_it_is_run_again(run,
         said = str(raised.value)
         assert f"a guard ended the run before the update of step {WARMUP}" in said
         assert "the reward model scores little but length" in said
-        assert "ppo.guards.action: warn" in said
+        assert "Change the recipe" in said
         out = tmp_path / "run" / "ppo"
         assert str(out / "flagged") in said
         assert [row["step"] for row in metrics(out)] == list(range(1, WARMUP))

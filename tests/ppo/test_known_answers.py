@@ -191,19 +191,19 @@ def test_a_policy_of_two_tokens_becomes_the_one_that_theory_names_for_whole_resp
 GLAD = ("happy", "fun", "smile", "smiled", "love", "loved", "friend", "friends", "play", "played")
 STORIES = {
     "chat_format": "plain",
-    "steps": 30,
+    "steps": 16,
     "rollout_batch": 16,
     "samples_per_prompt": 2,
     "ppo_epochs": 2,
-    "max_response_tokens": 48,
+    "max_response_tokens": 32,
     "missing_end_penalty": None,
     "guards": {"min_end_rate": None},
     "lr": 3e-4,
-    "kl_coef": 0.05,
+    "kl_coef": 0.2,
     "kl_target": 4.0,
-    "kl_horizon": 500,
+    "kl_horizon": 100,
     "validation_prompts": 32,
-    "select_every": 30,
+    "select_every": 16,
     "checkpoint_every": 1000,
 }
 
@@ -240,10 +240,10 @@ def test_a_real_model_writes_gladder_stories_that_are_still_stories(
     )
     assert mean(found[-5:], "ppo/score") > 1.5 * mean(found[:3], "ppo/score")
     assert 0.5 * 4 < mean(found[-5:], "ppo/sequence_kl") < 1.5 * 4
-    assert max(row["ppo/sequence_kl"] for row in found) < 3 * 4
+    assert max(row["ppo/sequence_kl"] for row in found) < 2 * 4
     before, after = (
         [json.loads(line) for line in (tmp_path / "ppo" / "validation" / name).open()]
-        for name in ("step-000000.jsonl", "step-000030.jsonl")
+        for name in ("step-000000.jsonl", "step-000016.jsonl")
     )
     assert mean(after, "score") > mean(before, "score")
     # In nats a token, by the start: its own stories, the new ones, and these without their order.

@@ -161,7 +161,7 @@ POINTS = {
     ),
     "save": (die_in_half_a_save, [".tmp-step-000004", "step-000002"]),
     "validation": (die_in(Validator, "_rate", 4), ["step-000002", "step-000004"]),
-    "flags": (die_in(State, "write_flags", 4), ["step-000002", "step-000004"]),
+    "flags": (die_in(State, "_note", 9), ["step-000002", "step-000004"]),
 }
 
 
@@ -227,7 +227,8 @@ def test_the_undisturbed_run_uses_all_that_a_resume_must_bring_back(variant, und
     tensors = load_file(saved / "tensors.safetensors")
     selected = [name for name in tensors if name.startswith("extra/")]
     learning = [name for name in tensors if name.startswith("module/")]
-    assert extra["best_step"] in (2, 4)
+    # Of the separate critic's run nothing is eligible yet.
+    assert extra["best_step"] in ((None,) if variant == "separate" else (2, 4))
     assert any(tensors[name].abs().max() > 0 for name in tensors if name.endswith("exp_avg_sq"))
     if variant == "full":
         assert len(extra["health"]["flags"]) == 3

@@ -11,25 +11,26 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from starling.base.errors import CheckpointError
+from starling.base.errors import CheckpointError, DataError
 
 KEY = re.compile(r"[a-z][a-z0-9_]*(/[a-z0-9][a-z0-9_]*)+")
 """`stage/noun`, and deeper: `bench/writing/score`."""
 
 
 class MetricsLog:
-    """Appends one line per step to a file and flushes each."""
+    """Appends one line per step to a file, each at once."""
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
-        self._file = path.open("ab")
+        # Not buffered: what a full disk refuses must not be tried again when the file is closed.
+        self._file = path.open("ab", buffering=0)
 
     def log(self, step: int, values: Mapping[str, float | int]) -> None:
         """Append the numbers of one step.
 
         Raises ValueError that names the key for NaN, infinity, or a key not like `stage/noun`; then
-        nothing is written.
+        nothing is written.  Raises DataError where the disk refuses.
         """
         row: dict[str, float | int] = {"step": int(step)}
         for key, value in values.items():
@@ -39,12 +40,22 @@ class MetricsLog:
             if not math.isfinite(number):
                 raise ValueError(f"metric {key!r} is {number} at step {step}")
             row[key] = number
-        self._file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
-        self._file.flush()
+        line = json.dumps(row, allow_nan=False).encode() + b"\n"
+        try:
+            written = self._file.write(line)
+        except OSError as error:
+            raise self._full(error.strerror or str(error)) from error
+        if written < len(line):
+            raise self._full("no space left")
+
+    def _full(self, reason: str) -> DataError:
+        return DataError(
+            f"could not write {self.path}: {reason}. Make room, then run the same command again: it "
+            "goes on from the newest checkpoint."
+        )
 
     def offset(self) -> int:
         """Bytes written so far, safe on disk: what a checkpoint remembers."""
-        self._file.flush()
         os.fsync(self._file.fileno())
         return os.fstat(self._file.fileno()).st_size
 

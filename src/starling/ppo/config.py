@@ -243,10 +243,6 @@ class PpoSection(Section):
                 "whiten_rewards and critic out",
             ),
             (
-                self.combine != "mean" and any(each.weight != 1 for each in self.reward_models),
-                f"reward_models: weights count in combine: mean only, not in {self.combine}",
-            ),
-            (
                 self.reward_model is not None and bool(self.reward_models),
                 "reward_models: stands beside reward_model; name all models there",
             ),

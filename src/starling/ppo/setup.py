@@ -1,6 +1,5 @@
 """Everything that PPO's loop calls, made once from the recipe."""
 
-import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
@@ -71,7 +70,6 @@ def prepare(section: PpoSection, inputs: PpoInputs, context: Context) -> Stage:
     start = load_language_model(inputs.policy, device=device, chat_format=section.chat_format)
     scorer = Scorer.load(inputs.reward_models, section, device=device)
     shares_weights = context.world_size == 1 and section.train != "lora"
-    decoding = start.model if shares_weights else copy.deepcopy(start.model)
     seed = derive_seed(context.seed, "ppo/adapters")
     actors = build_actors(start, section, scorer.models[0], seed=seed)
     forward = parallel(
@@ -82,6 +80,8 @@ def prepare(section: PpoSection, inputs: PpoInputs, context: Context) -> Stage:
         precision=section.precision,
         gradient_checkpointing=section.gradient_checkpointing,
     )
+    # Made last: with `train: top` the head is untied by now, and a copy must be as well.
+    decoding = start.model if shares_weights else forward.whole_everywhere()
     engine = TorchEngine(
         decoding, stop_ids=start.codec.stop_ids, pad_id=start.codec.tokenizer.pad_id
     )
