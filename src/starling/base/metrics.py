@@ -50,8 +50,8 @@ class MetricsLog:
 
     def _full(self, reason: str) -> DataError:
         return DataError(
-            f"could not write {self.path}: {reason}. Make room, then run the same command again: it "
-            "goes on from the newest checkpoint."
+            f"could not write {self.path}: {reason}. Make room, then run the same command again: "
+            "it goes on from the newest checkpoint."
         )
 
     def offset(self) -> int:
