@@ -476,7 +476,7 @@ def test_a_second_process_is_kept_out_of_the_run_folder(world):
 
 def test_a_run_folder_that_cannot_be_made_is_told(world):
     world.out.write_text("a file", encoding="utf-8")
-    with pytest.raises(InputError, match="cannot write to the run folder"):
+    with pytest.raises(InputError, match="cannot write to the folder"):
         world.run()
 
 

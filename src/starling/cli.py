@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import tyro
 
-from starling import __version__
+from starling import __version__, bench_verbs
 from starling.base.errors import InputError, StarlingError, Stopped, visible
 from starling.demo.world import write_world
 from starling.options import parse_options
@@ -370,6 +370,9 @@ COMMANDS = {
     "reward": Command("RECIPE", "only stage 2: rankings -> reward model", _run),
     "ppo": Command("RECIPE", "only stage 3: policy against reward model", _run),
     "bench": Command("RECIPE", "only stage 4: the policy against the one it started from", _run),
+    "mt-bench": Command(
+        "--data DIR", "MT-Bench as published, judged at a URL", bench_verbs.mt_bench
+    ),
     "audit": Command("FILE [--out FILE]", "what decides rankings beside the answers", _audit),
     "pairs": Command("FILE [--kind KIND]", "rankings as pairs, for other programs", _pairs),
     "nectar": Command("FROM TO", "rankings in Nectar's columns, JSONL or parquet", _nectar),
@@ -380,7 +383,7 @@ COMMANDS = {
 }
 
 
-PARSED_BY_ITSELF = (_run, _chat, _tokens)
+PARSED_BY_ITSELF = (_run, _chat, _tokens, bench_verbs.mt_bench)
 """Functions that take the verb and all that follows: what they accept is not known before."""
 
 

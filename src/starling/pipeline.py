@@ -9,11 +9,10 @@ the stages that are shared, and wait while it does the rest alone.
 
 import contextlib
 import dataclasses
-import fcntl
 import importlib
 import logging
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,7 +20,7 @@ from typing import Any
 
 from starling.base.context import Context, context_from_environment, joined_processes
 from starling.base.errors import DataError, InputError
-from starling.base.files import write_atomically
+from starling.base.files import locked, write_atomically
 from starling.base.hashing import hash_json
 from starling.base.jsonl import write_json
 from starling.base.spending import Spending
@@ -120,7 +119,7 @@ def _lead(
     is_alone: bool,
 ) -> dict[str, Any]:
     stages = _chosen_stages(recipe, only)
-    with _lock(out):
+    with locked(out):
         _keep_recipe(recipe, out)
         if prepare is not None:
             prepare()
@@ -282,25 +281,3 @@ def _keep_recipe(recipe: Recipe, out: Path) -> None:
             )
     settled = recipe.model_copy(update={"run": RunSection()})
     write_atomically(path, [HEADER.encode(), dump_recipe(settled).encode()])
-
-
-@contextlib.contextmanager
-def _lock(out: Path) -> Iterator[None]:
-    """Keep every other process out of the run folder; the kernel lets go whatever happens to us."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        file = (out / ".lock").open("a")
-    except OSError as error:
-        raise InputError(
-            f"cannot write to the run folder {out}: {error.strerror or error}. "
-            "Choose another with --out."
-        ) from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise InputError(
-                f"another starling process writes to {out}. "
-                "Wait for it, stop it, or choose another run folder with --out."
-            ) from error
-        yield

@@ -182,9 +182,9 @@ def test_an_error_that_every_process_meets_is_said_once(inputs, tmp_path):
 
 
 def test_a_run_folder_that_another_process_holds_ends_all_processes(inputs, tmp_path):
-    from starling.pipeline import _lock
+    from starling.base.files import locked
 
-    with _lock(tmp_path):
+    with locked(tmp_path):
         ended = starling_on(2, inputs / "recipe.yaml", tmp_path)
     assert [status for status, _ in ended] == [2, 2]
     assert "another starling process" in ended[0][1]

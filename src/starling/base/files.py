@@ -2,12 +2,13 @@
 
 import contextlib
 import difflib
+import fcntl
 import os
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from starling.base.errors import DataError
+from starling.base.errors import DataError, InputError
 
 
 def write_atomically(path: Path, chunks: Iterable[bytes]) -> None:
@@ -69,3 +70,25 @@ def neighbours(path: Path) -> str:
     names = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
     near = difflib.get_close_matches(path.name, names, n=3, cutoff=0.5) or names[:3]
     return f"{folder} holds {', '.join(near)}." if near else f"{folder} is empty."
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep every other process out of a folder; the kernel lets go whatever happens to us."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / ".lock").open("a")
+    except OSError as error:
+        raise InputError(
+            f"cannot write to the folder {folder}: {error.strerror or error}. "
+            "Choose another with --out."
+        ) from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(
+                f"another starling process writes to {folder}. "
+                "Wait for it, stop it, or choose another folder with --out."
+            ) from error
+        yield

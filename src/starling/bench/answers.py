@@ -1,30 +1,39 @@
 """Let a policy answer the questions, each turn on top of its own earlier answers."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from starling.base.errors import DataError
 from starling.base.seeding import derive_seed
+from starling.bench.mt_bench.protocol import OTHER_TEMPERATURE, TEMPERATURES
 from starling.data.records import FinishReason, Message, Question
 from starling.judging.rubric import Checks, Grade, grade
 from starling.models.best_of import best_of, replies_by_id
 from starling.models.interfaces import Request, Responder, Sampling
-from starling.models.reward_model import RewardModel
+
+if TYPE_CHECKING:
+    from starling.models.reward_model import RewardModel
+
+Decoding = Literal["sampled", "greedy", "by category"]
+
+HF_TOP_K = 50
+"""FastChat samples a local model with transformers' defaults, of which this is one."""
 
 
 @dataclass(frozen=True)
 class Answer:
     """One turn's answer of one policy; `messages` ends with the user's turn it answers.
 
-    `policy` is "sft" (the baseline) or "ppo"; `decoding` is "sampled" (temperature 1) or "greedy".
+    `policy` is "sft" (the baseline) or "ppo"; `decoding` is "sampled" (temperature 1), "greedy" or
+    "by category" (MT-Bench's temperatures).
     """
 
     question: str
     category: str
     turn: int
     policy: str
-    decoding: str
+    decoding: Decoding
     messages: tuple[Message, ...]
     answer: str
     finish_reason: FinishReason
@@ -50,13 +59,19 @@ class Answer:
 
 @dataclass(frozen=True)
 class Contestant:
-    """A policy under its name in the results, and how it decodes."""
+    """A policy under its name in the results, and how it decodes.
+
+    `room` says how many tokens a conversation leaves in the model's context, where that is known;
+    the turns that are still to come share it, so that a short context cuts answers, not turns.
+    """
 
     name: str
-    decoding: str
+    decoding: Decoding
     responder: Responder
     max_tokens: int
     seed: int
+    room: Callable[[tuple[Message, ...]], int] | None = None
+    top_k: int = 0
 
     def answer(self, questions: Sequence[Question]) -> list[Answer]:
         """Answer every turn; DataError when a call fails, and for two questions of one id."""
@@ -71,42 +86,87 @@ class Contestant:
             for question in asked:
                 user = Message(role="user", content=question.turns[turn])
                 history[question.id] += (user,)
-            # Both policies draw the same uniforms: the comparison is sharper for it.
-            requests = [
-                self.request(question.id, history[question.id], f"bench/{question.id}", turn)
-                for question in asked
-            ]
-            replies = replies_by_id(self.responder, requests)
-            for question in asked:
-                reply = replies[question.id]
-                answers.append(
-                    Answer(
-                        question=question.id,
-                        category=question.category,
-                        turn=turn + 1,
-                        policy=self.name,
-                        decoding=self.decoding,
-                        messages=history[question.id],
-                        answer=reply.text,
-                        finish_reason=reply.finish_reason,
-                        tokens=reply.usage.response_tokens,
-                        checks=None if question.checks is None else question.checks[turn],
-                    )
-                )
-                history[question.id] += (Message(role="assistant", content=reply.text),)
+            given = self._answer_turn(asked, history, turn)
+            for answer in given:
+                said = Message(role="assistant", content=answer.answer)
+                history[answer.question] += (said,)
+            answers += given
         return answers
 
+    def _answer_turn(
+        self,
+        asked: Sequence[Question],
+        history: Mapping[str, tuple[Message, ...]],
+        turn: int,
+    ) -> list[Answer]:
+        # Both policies draw the same uniforms: the comparison is sharper for it.
+        requests = [
+            self.request(
+                question.id,
+                history[question.id],
+                question.category,
+                f"bench/{question.id}",
+                turn,
+                turns_left=len(question.turns) - turn,
+            )
+            for question in asked
+        ]
+        replies = replies_by_id(self.responder, requests)
+        return [
+            Answer(
+                question=question.id,
+                category=question.category,
+                turn=turn + 1,
+                policy=self.name,
+                decoding=self.decoding,
+                messages=history[question.id],
+                answer=self._cleaned(replies[question.id].text),
+                finish_reason=replies[question.id].finish_reason,
+                tokens=replies[question.id].usage.response_tokens,
+                checks=None if question.checks is None else question.checks[turn],
+            )
+            for question in asked
+        ]
+
     def request(
-        self, id: str, messages: tuple[Message, ...], purpose: str, *counters: int
+        self,
+        id: str,
+        messages: tuple[Message, ...],
+        category: str,
+        purpose: str,
+        *counters: int,
+        turns_left: int = 1,
     ) -> Request:
         """A request decoded as this contestant does, from the random stream of the purpose."""
         seed = derive_seed(self.seed, purpose, *counters)
-        temperature = 0.0 if self.decoding == "greedy" else 1.0
-        return Request(id, messages, Sampling(self.max_tokens, temperature, seed))
+        temperature = self._temperature(category)
+        top_k = self.top_k if temperature else 0
+        longest = self._longest(id, messages, turns_left)
+        sampling = Sampling(longest, temperature, seed, top_k=top_k)
+        return Request(id, messages, sampling)
+
+    def _temperature(self, category: str) -> float:
+        by_category = TEMPERATURES.get(category, OTHER_TEMPERATURE)
+        return {"sampled": 1.0, "greedy": 0.0, "by category": by_category}[self.decoding]
+
+    def _longest(self, id: str, messages: tuple[Message, ...], turns_left: int) -> int:
+        if self.room is None:
+            return self.max_tokens
+        room = self.room(messages) // turns_left
+        if room < 1:
+            raise DataError(
+                f"question {id}: the conversation fills {self.name}'s whole context, so there is "
+                "no room for an answer; use a model with a longer one, or shorter answers"
+            )
+        return min(self.max_tokens, room)
+
+    def _cleaned(self, text: str) -> str:
+        """MT-Bench strips answers, so that the next turn and the judge see them stripped."""
+        return text.strip() if self.decoding == "by category" else text
 
 
 def yardstick(
-    answers: Sequence[Answer], contestant: Contestant, reward_model: RewardModel, *, samples: int
+    answers: Sequence[Answer], contestant: Contestant, reward_model: "RewardModel", *, samples: int
 ) -> list[Answer]:
     """For each answer's conversation, the one of `samples` new answers that the reward model likes.
 
@@ -115,7 +175,12 @@ def yardstick(
     groups = [
         [
             contestant.request(
-                f"{row}/{n}", answer.messages, f"best-of/{answer.question}", answer.turn, n
+                f"{row}/{n}",
+                answer.messages,
+                answer.category,
+                f"best-of/{answer.question}",
+                answer.turn,
+                n,
             )
             for n in range(samples)
         ]

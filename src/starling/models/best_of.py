@@ -1,15 +1,18 @@
 """Best-of-n: several answers to one conversation, and the one that a reward model likes best."""
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from starling.base.errors import DataError
 from starling.data.records import Message
 from starling.models.interfaces import Failure, Reply, Request, Responder
-from starling.models.reward_model import RewardModel, Scored
+
+if TYPE_CHECKING:
+    from starling.models.reward_model import RewardModel, Scored
 
 
 def best_of(
-    groups: Sequence[Sequence[Request]], responder: Responder, reward_model: RewardModel
+    groups: Sequence[Sequence[Request]], responder: Responder, reward_model: "RewardModel"
 ) -> list[Reply]:
     """One reply per group: of its requests' replies the one that scores highest, of equals the
     first.
@@ -37,7 +40,9 @@ def replies_by_id(responder: Responder, requests: Sequence[Request]) -> dict[str
     return replies
 
 
-def _scored(request: Request, reply: Reply) -> Scored:
+def _scored(request: Request, reply: Reply) -> "Scored":
+    from starling.models.reward_model import Scored
+
     answer = Message(role="assistant", content=reply.text)
     return Scored(
         (*request.messages, answer), mode=request.mode, finished=reply.finish_reason == "stop"
