@@ -14,6 +14,7 @@ from starling.base.errors import DataError
 from starling.base.files import neighbours
 from starling.base.hashing import hash_file, hash_json, hash_tree
 from starling.bench.config import BenchInputs, BenchSection
+from starling.data.fastchat import find_files
 from starling.data.rows import HUB_DATA, fetch
 from starling.feedback.config import Candidate, FeedbackInputs, FeedbackSection
 from starling.judging.config import JudgeSection
@@ -137,8 +138,14 @@ def resolve_ppo(section: PpoSection, recipe: Recipe, paths: Paths) -> PpoInputs:
 def resolve_bench(section: BenchSection, recipe: Recipe, paths: Paths) -> BenchInputs:
     ppo = recipe.ppo
     baseline = section.baseline or (ppo.policy if ppo is not None else None)
+    questions = paths.file("bench.questions", section.questions)
+    prompts = references = None
+    if section.protocol == "mt-bench":
+        _, prompts, references = find_files(questions.parent)
     return BenchInputs(
-        questions=paths.file("bench.questions", section.questions),
+        questions=questions,
+        prompts=prompts,
+        references=references,
         baseline=paths.model("bench.baseline", baseline or _starting_policy(recipe)),
         policy=paths.model("bench.policy", section.policy or "ppo/model"),
         reward_model=_reward_models(ppo, paths)[0].model if section.best_of else None,

@@ -26,6 +26,9 @@ from starling.ppo.config import PpoSection
 from starling.reward.config import RewardSection
 from starling.sft.config import SftSection
 
+NO_READERS = ("rubric", "logits")
+"""Kinds of judges that cannot answer prompts that are not ours."""
+
 STAGES = ("sft", "feedback", "reward", "ppo", "bench")
 """The stages in the order in which they run."""
 
@@ -190,6 +193,9 @@ def _missing_sources(recipe: Recipe) -> Iterator[str]:
             yield f"{path}: is missing; {text}"
     if recipe.bench is not None and recipe.bench.best_of and not has_rewards:
         yield "bench.best_of: needs a reward stage, or ppo.reward_model(s); 0 leaves it out"
+    kind = None if recipe.judge is None else recipe.judge.kind
+    if recipe.bench is not None and recipe.bench.protocol == "mt-bench" and kind in NO_READERS:
+        yield f"bench.protocol: mt-bench needs a judge that writes text; judge.kind is {kind}"
     stages = [name for name in ("feedback", "bench") if getattr(recipe, name) is not None]
     if recipe.judge is None and stages:
         yield f"judge: is missing, and {' and '.join(stages)} need one"

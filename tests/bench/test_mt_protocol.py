@@ -21,13 +21,13 @@ from starling.bench.mt_bench.protocol import (
     show_answer,
     show_pair,
 )
-from starling.data.fastchat import SingleJudgment, read_answers, read_bench
+from starling.data.fastchat import SingleJudgment, find_files, read_answers, read_bench
 from starling.models.interfaces import Reply, Usage
 
 
 @pytest.fixture
 def bench(tmp_path):
-    return read_bench(write_bench(tmp_path), None, tmp_path / "quarantine.jsonl")
+    return read_bench(find_files(write_bench(tmp_path)), tmp_path / "quarantine.jsonl")
 
 
 def texts(shown):
@@ -74,7 +74,7 @@ def test_a_pair_is_shown_in_its_seats(bench):
 def test_a_question_whose_reference_is_missing_is_refused_with_what_to_do(tmp_path):
     folder = write_bench(tmp_path)
     (folder / "reference_answer" / "gpt-4.jsonl").unlink()
-    bench = read_bench(folder, None, tmp_path / "quarantine.jsonl")
+    bench = read_bench(find_files(folder), tmp_path / "quarantine.jsonl")
     with pytest.raises(DataError, match=r"question 111 is of category math.*--references"):
         show_answer(bench, bench.questions[1], ("4", "7"), 1)
     show_answer(bench, bench.questions[0], ("4", "7"), 1)
@@ -87,12 +87,12 @@ def test_a_template_with_a_field_that_nobody_fills_is_refused(tmp_path):
         folder / "judge_prompts.jsonl",
         [row | {"prompt_template": "{question} {answer} {mood}"} for row in rows],
     )
-    bench = read_bench(folder, None, tmp_path / "quarantine.jsonl")
+    bench = read_bench(find_files(folder), tmp_path / "quarantine.jsonl")
     with pytest.raises(DataError, match=r"single-v1.*mood.*\{question\}"):
         show_answer(bench, bench.questions[0], ("4", "7"), 1)
     without = write_bench(tmp_path / "without")
     write_lines(without / "judge_prompts.jsonl", rows[1:])
-    bench = read_bench(without, None, tmp_path / "quarantine.jsonl")
+    bench = read_bench(find_files(without), tmp_path / "quarantine.jsonl")
     with pytest.raises(DataError, match="holds no prompt 'single-v1'"):
         show_answer(bench, bench.questions[0], ("4", "7"), 1)
 
@@ -172,7 +172,7 @@ def test_real_judge_prompts_are_equal_to_the_byte_and_real_replies_read_the_same
     test_data, tmp_path, file
 ):
     folder, quarantine = test_data / "mt_bench", tmp_path / "quarantine.jsonl"
-    bench = read_bench(folder, None, quarantine)
+    bench = read_bench(find_files(folder), quarantine)
     by_id = {each.question_id: each for each in bench.questions}
     path = folder / "model_judgment" / f"{file}__gpt-4_single.jsonl"
     judged = read_records(path, SingleJudgment, quarantine=quarantine)

@@ -15,7 +15,7 @@ from starling.models.interfaces import Request, Responder, Sampling
 if TYPE_CHECKING:
     from starling.models.reward_model import RewardModel
 
-Decoding = Literal["sampled", "greedy", "by category"]
+Decoding = Literal["sampled", "greedy"]
 
 HF_TOP_K = 50
 """FastChat samples a local model with transformers' defaults, of which this is one."""
@@ -25,8 +25,8 @@ HF_TOP_K = 50
 class Answer:
     """One turn's answer of one policy; `messages` ends with the user's turn it answers.
 
-    `policy` is "sft" (the baseline) or "ppo"; `decoding` is "sampled" (temperature 1), "greedy" or
-    "by category" (MT-Bench's temperatures).
+    `policy` is "sft" (the baseline) or "ppo"; `decoding` is "greedy" or "sampled": at temperature
+    1, or at MT-Bench's by category.
     """
 
     question: str
@@ -72,6 +72,8 @@ class Contestant:
     seed: int
     room: Callable[[tuple[Message, ...]], int] | None = None
     top_k: int = 0
+    is_mt_bench: bool = False
+    """Sample at MT-Bench's temperatures, and strip answers before anybody sees them, as it does."""
 
     def answer(self, questions: Sequence[Question]) -> list[Answer]:
         """Answer every turn; DataError when a call fails, and for two questions of one id."""
@@ -112,6 +114,9 @@ class Contestant:
             for question in asked
         ]
         replies = replies_by_id(self.responder, requests)
+        texts = {id: reply.text for id, reply in replies.items()}
+        if self.is_mt_bench:
+            texts = {id: text.strip() for id, text in texts.items()}
         return [
             Answer(
                 question=question.id,
@@ -120,7 +125,7 @@ class Contestant:
                 policy=self.name,
                 decoding=self.decoding,
                 messages=history[question.id],
-                answer=self._cleaned(replies[question.id].text),
+                answer=texts[question.id],
                 finish_reason=replies[question.id].finish_reason,
                 tokens=replies[question.id].usage.response_tokens,
                 checks=None if question.checks is None else question.checks[turn],
@@ -146,8 +151,9 @@ class Contestant:
         return Request(id, messages, sampling)
 
     def _temperature(self, category: str) -> float:
-        by_category = TEMPERATURES.get(category, OTHER_TEMPERATURE)
-        return {"sampled": 1.0, "greedy": 0.0, "by category": by_category}[self.decoding]
+        if self.is_mt_bench:
+            return TEMPERATURES.get(category, OTHER_TEMPERATURE)
+        return 0.0 if self.decoding == "greedy" else 1.0
 
     def _longest(self, id: str, messages: tuple[Message, ...], turns_left: int) -> int:
         if self.room is None:
@@ -159,10 +165,6 @@ class Contestant:
                 "no room for an answer; use a model with a longer one, or shorter answers"
             )
         return min(self.max_tokens, room)
-
-    def _cleaned(self, text: str) -> str:
-        """MT-Bench strips answers, so that the next turn and the judge see them stripped."""
-        return text.strip() if self.decoding == "by category" else text
 
 
 def yardstick(

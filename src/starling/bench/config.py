@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field
 
@@ -14,6 +15,9 @@ class BenchSection(Section):
 
     questions: str
     """JSONL questions: id, category, turns (and checks, where rules can grade them)."""
+    protocol: Literal["own", "mt-bench"] = "own"
+    """mt-bench: as published; questions is FastChat's question.jsonl, with judge_prompts.jsonl and
+    reference_answer/ beside it."""
     baseline: str | None = None
     """Policy to compare with; absent: the starting policy."""
     chat_format: str | None = None
@@ -37,3 +41,6 @@ class BenchInputs:
     policy: str
     reward_model: str | None
     judge: JudgeSection
+    prompts: Path | None = None
+    """The judge's prompts and references, where the protocol is MT-Bench's."""
+    references: Path | None = None

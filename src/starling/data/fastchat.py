@@ -177,27 +177,42 @@ def find_folder(reference: str) -> Path:
     return Path(copy) / inner
 
 
-def read_questions(folder: Path, quarantine: Path) -> tuple[MtQuestion, ...]:
-    """The folder's questions; DataError for two of one id."""
-    path = folder / "question.jsonl"
-    rows = read_records(path, MtQuestion, quarantine=quarantine)
-    chosen, _ = resolve(path, rows, [row.question_id for row in rows], "refuse", "question")
-    return tuple(chosen)
+class BenchFiles(NamedTuple):
+    """Where a benchmark lies; a set whose judge needs no references may have none."""
+
+    questions: Path
+    prompts: Path
+    references: Path | None
 
 
-def read_bench(folder: Path, references: Path | None, quarantine: Path) -> Bench:
-    """All that judging needs; `references` in place of the folder's, as reference_answer/ has them.
+def find_files(folder: Path, references: Path | None = None) -> BenchFiles:
+    """The files of a folder; `references` in place of its own.
 
-    Raises DataError for a file that is missing.
+    Raises DataError for a prompts file that is missing, and where references are to be chosen.
     """
-    path = folder / "judge_prompts.jsonl"
-    if not path.is_file() and (folder.parent / path.name).is_file():
-        path = folder.parent / path.name  # where FastChat's repository keeps it
-    prompts = read_records(path, JudgePrompt, quarantine=quarantine)
-    given = references or _official_references(folder)
+    prompts = folder / "judge_prompts.jsonl"
+    if not prompts.is_file():
+        prompts = folder.absolute().parent / prompts.name  # where FastChat's repository keeps it
+    if not prompts.is_file():
+        raise DataError(
+            f"there is no judge_prompts.jsonl in {folder} or beside it. Of FastChat's repository, "
+            "copy fastchat/llm_judge/data/judge_prompts.jsonl there."
+        )
+    return BenchFiles(
+        folder / "question.jsonl", prompts, references or _official_references(folder)
+    )
+
+
+def read_bench(files: BenchFiles, quarantine: Path) -> Bench:
+    """All that judging needs; DataError for a file that cannot be read, and for a repeated id."""
+    questions = read_records(files.questions, MtQuestion, quarantine=quarantine)
+    ids = [each.question_id for each in questions]
+    resolve(files.questions, questions, ids, "refuse", "question")
+    prompts = read_records(files.prompts, JudgePrompt, quarantine=quarantine)
+    given = files.references
     rows = read_records(given, ModelAnswer, quarantine=quarantine) if given else []
     return Bench(
-        read_questions(folder, quarantine),
+        tuple(questions),
         {prompt.name: prompt for prompt in prompts},
         {row.question_id: row.turns for row in rows},
     )

@@ -8,7 +8,14 @@ Unknown columns are ignored: other people's files carry columns of their own.
 import hashlib
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    AliasChoices,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    model_validator,
+)
 
 Role = Literal["system", "user", "assistant"]
 FinishReason = Literal["stop", "length"]
@@ -126,9 +133,12 @@ class Prompt(_Asked):
 
 
 class Question(Record):
-    """A benchmark question: the user's turns, each asked on top of the model's own answers."""
+    """A benchmark question: the user's turns, each asked on top of the model's own answers.
 
-    id: Id
+    FastChat's question.jsonl is read too, whose id is a `question_id`.
+    """
+
+    id: Id = Field(validation_alias=AliasChoices("id", "question_id"))
     category: str
     turns: tuple[str, ...] = Field(strict=False, min_length=1)
     checks: tuple[dict[str, Any], ...] | None = Field(default=None, strict=False)

@@ -87,11 +87,7 @@ def make_answers(options: MtBench, policy: str, bench: Bench) -> Answers:
             rows += contestant.answer(questions[start : start + AT_ONCE])
             progress.update(len({row.question for row in rows}))
             stop.check()
-    by_question = {
-        each.question_id: [row for row in rows if row.question == str(each.question_id)]
-        for each in bench.questions
-    }
-    return {name: {id: _as_fastchat(name, id, own) for id, own in by_question.items()}}
+    return {name: as_fastchat(name, bench, rows)}
 
 
 @contextmanager
@@ -111,14 +107,21 @@ def _open_policy(options: MtBench, policy: str, name: str) -> Iterator[Contestan
 
         device = choose_device(options.device)
         responder = load_local(policy, device, chat_format=options.chat_format)
-        room, top_k = _room(responder), HF_TOP_K
+        room, top_k = context_room(responder), HF_TOP_K
     with Recorded(responder, ledger) as recorded:
         yield Contestant(
-            name, "by category", recorded, ANSWER_TOKENS, options.seed, room=room, top_k=top_k
+            name,
+            "sampled",
+            recorded,
+            ANSWER_TOKENS,
+            options.seed,
+            room=room,
+            top_k=top_k,
+            is_mt_bench=True,
         )
 
 
-def _room(local: "Local") -> Callable[[tuple[Message, ...]], int] | None:
+def context_room(local: "Local") -> Callable[[tuple[Message, ...]], int] | None:
     """How many tokens a conversation leaves for the answer; None where no limit is known."""
     limit, codec = local.context_length, local.codec
     if limit is None:
@@ -126,7 +129,15 @@ def _room(local: "Local") -> Callable[[tuple[Message, ...]], int] | None:
     return lambda messages: limit - len(codec.encode(messages, generation_prompt=True).ids)
 
 
-def _as_fastchat(name: str, question: int, turns: Sequence[Answer]) -> ModelAnswer:
+def as_fastchat(name: str, bench: Bench, rows: Sequence[Answer]) -> dict[int, ModelAnswer]:
+    """A model's answers, a turn each, as FastChat's rows by question."""
+    turns: dict[int, list[Answer]] = {each.question_id: [] for each in bench.questions}
+    for row in rows:
+        turns[int(row.question)].append(row)
+    return {id: _model_answer(name, id, own) for id, own in turns.items()}
+
+
+def _model_answer(name: str, question: int, turns: Sequence[Answer]) -> ModelAnswer:
     texts = tuple(row.answer for row in turns)
     tokens = tuple(row.tokens for row in turns)
     digest = hashlib.sha256("\x00".join([name, str(question), *texts]).encode()).hexdigest()

@@ -38,6 +38,7 @@ from starling.data.fastchat import (
     PairJudgment,
     SingleJudgment,
     dated,
+    find_files,
     find_folder,
     read_bench,
     write_rows,
@@ -61,7 +62,8 @@ def run(options: MtBench, policy: str | None = None) -> str:
     options.check()
     assert options.data is not None, "checked"
     quarantine = options.out / "quarantine.jsonl"
-    bench = read_bench(find_folder(options.data), options.references, quarantine)
+    files = find_files(find_folder(options.data), options.references)
+    bench = read_bench(files, quarantine)
     answers, num_duplicates = read_all(options, bench, quarantine)
     if options.plan:
         if options.policy is not None:
