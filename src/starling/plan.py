@@ -129,7 +129,7 @@ def _bench(path: Path, max_tokens: int, judge: JudgeSection) -> Iterator[Calls]:
     # Before a later turn stand the earlier ones with their answers.
     tokens = len(turns) * (PROTOCOL_TOKENS + 2 * max_tokens) + 2 * sum(map(_tokens, turns))
     yield _judging(judge, "ratings", 2 * len(turns), 2 * tokens)
-    times = num_calls(judge.strategy, judge.repeats, 2)
+    times = num_calls("pairwise", judge.repeats, 2)
     both = times * (tokens + len(turns) * max_tokens)
     yield _judging(judge, "comparisons", times * len(turns), both)
 

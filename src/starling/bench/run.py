@@ -2,7 +2,8 @@
 
 Both policies answer two-turn questions, sampled at temperature 1 and greedily.  The judge rates the
 sampled answers from 1 to 10 and compares them; where questions carry checks, the noiseless rubric
-gives the gold score that nothing in training has seen.
+gives the gold score that nothing in training has seen.  By MT-Bench's protocol answers are sampled
+at its temperatures, and its own prompts are put to the judge.
 """
 
 from pathlib import Path
@@ -13,11 +14,16 @@ from starling.base.jsonl import read_records, write_json, write_records
 from starling.base.progress import Progress
 from starling.base.stage import Summary
 from starling.bench import scores
-from starling.bench.answers import Answer, Contestant, yardstick
+from starling.bench.answers import HF_TOP_K, Answer, Contestant, Decoding, yardstick
 from starling.bench.config import BenchInputs, BenchSection
+from starling.bench.mt_bench import stage
+from starling.bench.mt_bench.answers import context_room
 from starling.bench.scores import BASELINE, POLICY, Figures
+from starling.data.fastchat import Bench, BenchFiles, read_bench
 from starling.data.records import Question
 from starling.judging.build import build_judge
+from starling.judging.config import JudgeSection
+from starling.judging.llm_judge import LlmJudge
 from starling.models.local import load_local
 from starling.models.reward_model import RewardModel
 
@@ -25,15 +31,8 @@ from starling.models.reward_model import RewardModel
 def run(section: BenchSection, inputs: BenchInputs, out: Path, context: Context) -> Summary:
     """Answer, judge and count; writes answers.jsonl, judgments.jsonl and scores.json."""
     questions = read_records(inputs.questions, Question, quarantine=out / "quarantine.jsonl")
-    responders = {
-        BASELINE: load_local(inputs.baseline, context.device, chat_format=section.chat_format),
-        POLICY: load_local(inputs.policy, context.device),
-    }
-    contestants = [
-        Contestant(name, decoding, responder, section.max_tokens, context.seed)
-        for name, responder in responders.items()
-        for decoding in ("sampled", "greedy")
-    ]
+    bench = _published(inputs, out / "quarantine.jsonl")
+    contestants = _contestants(section, inputs, context, is_mt_bench=bench is not None)
     answers: list[Answer] = []
     with Progress("bench", len(contestants) + 1) as progress:
         for number, contestant in enumerate(contestants):
@@ -44,10 +43,17 @@ def run(section: BenchSection, inputs: BenchInputs, out: Path, context: Context)
             inputs.judge, seed=context.seed, ledger=out / "calls.sqlite", context=context
         ) as judge:
             allowed = section.allowed_failures
-            read = scores.ratings(answers, judge, allowed_failures=allowed)
-            wins, win_rows = scores.win_rate(
-                answers, judge, seed=context.seed, allowed_failures=allowed
-            )
+            if bench is None or not isinstance(judge, LlmJudge):
+                read = scores.ratings(answers, judge, allowed_failures=allowed)
+                wins, win_rows = scores.win_rate(
+                    answers, judge, seed=context.seed, allowed_failures=allowed
+                )
+            else:
+                given = stage.by_policy(bench, answers, (BASELINE, POLICY))
+                asked = stage.Asked(bench, given, judge.responder, _name(inputs.judge), allowed)
+                read, ratings = stage.rate(asked)
+                wins, win_rows, pairs = stage.compare(asked, context.seed)
+                stage.write_files(out / "mt_bench", asked, ratings, pairs)
         progress.update(len(contestants) + 1, "judged")
     figures: Figures = scores.gold_figures(answers, context.seed)
     figures |= scores.score_figures(read, answers, context.seed)
@@ -73,6 +79,42 @@ def run(section: BenchSection, inputs: BenchInputs, out: Path, context: Context)
     )
     write_json(out / "scores.json", figures)
     return Summary(_sentence(figures, len(questions), out), figures)
+
+
+def _published(inputs: BenchInputs, quarantine: Path) -> Bench | None:
+    """MT-Bench's questions, prompts and references; None by our own protocol."""
+    if inputs.prompts is None:
+        return None
+    return read_bench(BenchFiles(inputs.questions, inputs.prompts, inputs.references), quarantine)
+
+
+def _contestants(
+    section: BenchSection, inputs: BenchInputs, context: Context, *, is_mt_bench: bool
+) -> list[Contestant]:
+    responders = {
+        BASELINE: load_local(inputs.baseline, context.device, chat_format=section.chat_format),
+        POLICY: load_local(inputs.policy, context.device),
+    }
+    decodings: tuple[Decoding, ...] = ("sampled",) if is_mt_bench else ("sampled", "greedy")
+    return [
+        Contestant(
+            name,
+            decoding,
+            responder,
+            section.max_tokens,
+            context.seed,
+            room=context_room(responder) if is_mt_bench else None,
+            top_k=HF_TOP_K if is_mt_bench else 0,
+            is_mt_bench=is_mt_bench,
+        )
+        for name, responder in responders.items()
+        for decoding in decodings
+    ]
+
+
+def _name(judge: JudgeSection) -> str:
+    # A local model's path is this machine's, and the same run elsewhere must write the same.
+    return judge.model or judge.kind if judge.kind == "endpoint" else judge.kind
 
 
 def _sentence(figures: Figures, num_questions: int, out: Path) -> str:

@@ -6,7 +6,7 @@ FastChat's files stand beside them.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from starling.base.estimate import clustered_mean
 from starling.bench.answers import Answer
@@ -29,13 +29,22 @@ def by_policy(bench: Bench, answers: Sequence[Answer], names: Sequence[str]) -> 
     }
 
 
-def rate(
-    bench: Bench, answers: Answers, responder: Responder, judge: str, allowed: float
-) -> tuple[Rated, list[SingleJudgment]]:
+class Asked(NamedTuple):
+    """What is judged, by whom, and which share of the judgments may fail."""
+
+    bench: Bench
+    answers: Answers
+    responder: Responder
+    judge: str
+    allowed: float
+
+
+def rate(asked: Asked) -> tuple[Rated, list[SingleJudgment]]:
     """The ratings by (policy, question, turn), and all judgments.
 
-    Raises DataError when more than the share `allowed` of them failed.
+    Raises DataError when more than the allowed share of them failed.
     """
+    bench, answers, responder, judge, allowed = asked
     judgments = [
         row
         for name, own in answers.items()
@@ -57,15 +66,15 @@ def rate(
 
 
 def compare(
-    bench: Bench, answers: Answers, responder: Responder, judge: str, allowed: float, seed: int
+    asked: Asked, seed: int
 ) -> tuple[dict[str, Any], list[dict[str, Any]], list[PairJudgment]]:
     """The win rate of the second policy over the first, a row each turn, and all judgments.
 
     Both orders are asked; where they disagree it is a tie, half a win.  Raises like `rate`.
     """
+    bench, answers, responder, judge, allowed = asked
     baseline, policy = answers
-    tasks = pair_tasks(bench, answers, None)
-    judgments = ask_pairs(responder, tasks, judge, strict=True)
+    judgments = ask_pairs(responder, pair_tasks(bench, answers, None), judge, strict=True)
     reasons = pair_reasons(judgments)
     refuse_failures("comparisons", reasons, len(judgments), allowed)
     categories = {each.question_id: each.category for each in bench.questions}
@@ -80,22 +89,16 @@ def compare(
         for row in judgments
         if (winner := row.winner) is not None
     ]
-    wins = clustered_mean(
-        [(row["id"], row["win"]) for row in rows], seed=seed, num_failed=len(reasons)
-    )
-    return wins, rows, judgments
+    wins = [(row["id"], row["win"]) for row in rows]
+    return clustered_mean(wins, seed=seed, num_failed=len(reasons)), rows, judgments
 
 
 def write_files(
-    out: Path,
-    bench: Bench,
-    answers: Answers,
-    ratings: Sequence[SingleJudgment],
-    pairs: Sequence[PairJudgment],
+    out: Path, asked: Asked, ratings: Sequence[SingleJudgment], pairs: Sequence[PairJudgment]
 ) -> None:
     """FastChat's files; without times, since the same run writes the same bytes."""
-    write_rows(out / "question.jsonl", bench.questions)
-    for name, own in answers.items():
+    write_rows(out / "question.jsonl", asked.bench.questions)
+    for name, own in asked.answers.items():
         write_rows(out / "model_answer" / f"{name}.jsonl", list(own.values()))
     write_rows(out / "model_judgment" / "judge_single.jsonl", ratings)
     write_rows(out / "model_judgment" / "judge_pair.jsonl", pairs)
