@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import mutants
+import mutants_bench
 import mutants_ppo
 import mutants_ppo_core
 import mutants_reward
@@ -46,7 +47,7 @@ class Mutant(NamedTuple):
 
 MUTANTS = [
     Mutant(file, tests, *change)
-    for listed in (mutants, mutants_ppo, mutants_ppo_core, mutants_reward)
+    for listed in (mutants, mutants_bench, mutants_ppo, mutants_ppo_core, mutants_reward)
     for (file, tests), changes in listed.CHANGES.items()
     for change in changes
 ]

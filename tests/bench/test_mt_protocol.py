@@ -8,7 +8,7 @@ import json
 
 import pytest
 
-from bench.mt_files import QUESTIONS, write_bench, write_lines
+from bench.mt_files import QUESTIONS, answer_row, write_bench, write_lines
 from starling.base.errors import DataError
 from starling.base.jsonl import read_records
 from starling.bench.asking import Unread
@@ -78,6 +78,22 @@ def test_a_question_whose_reference_is_missing_is_refused_with_what_to_do(tmp_pa
     with pytest.raises(DataError, match=r"question 111 is of category math.*--references"):
         show_answer(bench, bench.questions[1], ("4", "7"), 1)
     show_answer(bench, bench.questions[0], ("4", "7"), 1)
+
+
+def test_a_reference_for_one_turn_of_two_is_not_enough(tmp_path):
+    folder = write_bench(tmp_path)
+    write_lines(folder / "reference_answer" / "gpt-4.jsonl", [answer_row("gpt-4", 111, ["4"])])
+    bench = read_bench(find_files(folder), tmp_path / "quarantine.jsonl")
+    with pytest.raises(DataError, match=r"for each of its 2 turns, and reference_answer/ holds 1"):
+        show_answer(bench, bench.questions[1], ("4", "7"), 1)
+
+
+@pytest.mark.parametrize("category", ["math", "reasoning", "coding"])
+def test_three_categories_have_references(tmp_path, category):
+    folder = write_bench(tmp_path)
+    write_lines(folder / "question.jsonl", [QUESTIONS[1] | {"category": category}])
+    bench = read_bench(find_files(folder), tmp_path / "quarantine.jsonl")
+    assert show_answer(bench, bench.questions[0], ("4", "7"), 1).prompt == "single-math-v1"
 
 
 def test_a_template_with_a_field_that_nobody_fills_is_refused(tmp_path):
