@@ -36,7 +36,7 @@ CHANGES = {
     ("bench/mt_bench/figures.py", "tests/bench/test_mt_bench.py"): [
         (
             "[row for row in rows if row.turn == n] for n in (1, 2)",
-            "[row for row in rows if row.turn == n] for n in (2, 1)",
+            "[row for row in rows if row.turn != n] for n in (1, 2)",
         ),
         ("num_failed=len(rows) - len(scores))", "num_failed=0)"),
         ("if row.category == name], seed", "if True], seed"),

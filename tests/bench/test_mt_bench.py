@@ -60,6 +60,10 @@ def test_scores_are_flat_means_by_turn_and_category(data, tmp_path, capsys):
     assert found["categories"] == {"writing": 8.0, "math": 3.25, "stem": 6.0}
     assert (found["n"], found["failed"], found["duplicates"]) == (6, 0, 0)
     assert found["estimates"]["average"]["n"] == 6
+    # "one one {y}" and "one two", three times.
+    assert found["length"]["characters"]["mean"] == 9.0
+    assert found["length"]["words"]["mean"] == 2.5
+    assert "tokens" not in found["length"]
     assert found["stamp"]["judge"] == "gpt-4"
     assert found["stamp"]["references"] == "official"
     shown = capsys.readouterr()
@@ -194,17 +198,17 @@ def test_a_judge_that_never_answers_ends_it_early(tmp_path, capsys, monkeypatch)
 
 def test_rounds_show_the_judges_noise(data, tmp_path):
     def script(body, n):
-        return rated(5 + n) if "mass" in body["messages"][-1]["content"] else rated(5)
+        return rated(5 + 2 * n) if "mass" in body["messages"][-1]["content"] else rated(5)
 
     with FakeServer(script) as server:
         assert judged(server, data, tmp_path / "out", "--repeats", 3) == 0
         assert len(server.calls) == 18
     found = scores(tmp_path / "out")
-    averages = [5, 5 + 2 / 6, 5 + 4 / 6]
+    averages = [5, 5 + 4 / 6, 5 + 8 / 6]
     assert found["repeats"]["averages"] == pytest.approx(averages, abs=1e-12)
     assert found["repeats"]["average_sd"] == pytest.approx(statistics.stdev(averages), abs=1e-12)
-    # Two of six answers vary as 5, 6, 7 do; the others not at all.
-    assert found["repeats"]["judgment_sd"] == pytest.approx((2 * 1 / 6) ** 0.5, abs=1e-12)
+    # Two of six answers vary as 5, 7, 9 do; the others not at all.
+    assert found["repeats"]["judgment_sd"] == pytest.approx((2 * 4 / 6) ** 0.5, abs=1e-12)
     assert found["average"] == pytest.approx(statistics.mean(averages), abs=1e-12)
     assert found["n"] == 18
 
