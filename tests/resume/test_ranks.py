@@ -17,6 +17,7 @@ from starling.base.metrics import MetricsLog
 from starling.cli import main
 from starling.models.training import Journal
 from starling.ppo.rollout import Collector
+from starling.ppo.select import Validator
 from starling.sft.config import SftInputs, SftSection
 from tiny import tiny_policy_folder, tiny_reward_folder
 
@@ -369,3 +370,27 @@ def test_each_process_answers_its_own_prompts_and_together_they_answer_all(asked
         drawn.append({tuple(ids) for _, ids in first} & {tuple(ids) for _, ids in second})
     # Different seeds: answers of four tokens hardly ever meet.
     assert sum(map(len, drawn)) < 3
+
+
+def test_every_process_decides_by_the_judges_ratings_which_the_first_asked_for(asked, tmp_path):
+    """A process without them would keep another checkpoint, and the others would wait for it."""
+
+    def note(rank):
+        original = Validator.measure
+
+        def measure(validator, step):
+            validation = original(validator, step)
+            with (tmp_path / f"rank-{rank}.jsonl").open("a") as file:
+                file.write(json.dumps([step, validation.rating]) + "\n")
+            return validation
+
+        Validator.measure = measure
+
+    statuses, said = ppo_on(2, asked, "full", tmp_path / "two", note)
+    assert statuses == [0, 0], said
+    first, second = (
+        [json.loads(line) for line in (tmp_path / f"rank-{rank}.jsonl").open()] for rank in (0, 1)
+    )
+    assert first == second
+    assert [step for step, _ in first] == [0, 1, 2, 3, 4]
+    assert all(1 <= rating <= 10 for _, rating in first)
