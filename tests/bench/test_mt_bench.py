@@ -257,6 +257,10 @@ def test_duplicated_answers_are_refused_or_resolved_by_name(data, tmp_path, caps
             assert judged(server, data, out, "--duplicates", rule) == 0
         assert lines(out / "model_answer" / "one.jsonl")[0]["choices"][0]["turns"][0] == expected
         assert scores(out)["duplicates"] == 1
+    with FakeServer(by_category) as server:
+        assert judged(server, data, tmp_path / "like", "--like-fastchat") == 0
+    [first, *_] = lines(tmp_path / "like" / "model_answer" / "one.jsonl")
+    assert first["choices"][0]["turns"][0] == "the later"
 
 
 def test_a_file_half_written_is_refused_with_its_line(data, tmp_path, capsys):
@@ -384,8 +388,12 @@ def test_duplicated_judgments_are_refused_resolved_or_averaged_as_fastchat_does(
 
 
 def test_a_judgment_file_with_holes_says_so(data, tmp_path, capsys):
+    assert counted(data, tmp_path, all_judgments())[0] == 0
     rows = all_judgments()[:-1]
     assert counted(data, tmp_path, rows)[0] == 2
+    # The earlier score is not left lying as if it were these judgments'.
+    assert not (tmp_path / "out" / "scores.json").exists()
+    assert not (tmp_path / "out" / "results.md").exists()
     assert "question 141, turn 2: it was not judged" in capsys.readouterr().err
     _, found = counted(data, tmp_path, rows, "--allowed-failures", "0.5")
     assert (found["n"], found["failed"]) == (5, 1)
@@ -475,6 +483,13 @@ def test_wins_losses_and_ties_are_counted_over_both_orders(data, tmp_path):
     more = ("--mode", "pairwise", "--allowed-failures", "0.3", "--out", again)
     assert mt_bench("--data", data, "--judgments", judgments, *more) == 0
     assert scores(again)["models"] == found["models"]
+
+
+def test_two_files_of_one_model_are_no_pair(data, tmp_path, capsys):
+    files = (answers(data), answers(data))
+    judge = ("--judge-url", "http://localhost:1/v1", "--out", tmp_path / "out")
+    assert mt_bench("--data", data, "--answers", *files, *judge, "--mode", "pairwise") == 2
+    assert "two of the answers files are of 'one'" in capsys.readouterr().err
 
 
 def test_with_a_baseline_only_its_pairs_are_asked_about(data, tmp_path):
