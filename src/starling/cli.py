@@ -18,7 +18,8 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import tyro
 
-from starling import __version__, bench_verbs
+from starling import __version__
+from starling import bench_verbs as verbs
 from starling.base.errors import InputError, StarlingError, Stopped, visible
 from starling.demo.world import write_world
 from starling.options import parse_options
@@ -370,9 +371,13 @@ COMMANDS = {
     "reward": Command("RECIPE", "only stage 2: rankings -> reward model", _run),
     "ppo": Command("RECIPE", "only stage 3: policy against reward model", _run),
     "bench": Command("RECIPE", "only stage 4: the policy against the one it started from", _run),
-    "mt-bench": Command(
-        "--data DIR", "MT-Bench as published, judged at a URL", bench_verbs.mt_bench
+    "mt-bench": Command("--data DIR", "MT-Bench as published, judged at a URL", verbs.mt_bench),
+    "win-rate": Command("FILE BASELINE", "whose outputs a judge prefers", verbs.win_rate),
+    "checks": Command(
+        "PROMPTS MODEL", "instructions kept and requests refused, by rule", verbs.checks
     ),
+    "ratings": Command("VOTES", "models rated by votes between them", verbs.ratings),
+    "compare": Command("RUN RUN ...", "several benches on one page", verbs.compare),
     "audit": Command("FILE [--out FILE]", "what decides rankings beside the answers", _audit),
     "pairs": Command("FILE [--kind KIND]", "rankings as pairs, for other programs", _pairs),
     "nectar": Command("FROM TO", "rankings in Nectar's columns, JSONL or parquet", _nectar),
@@ -383,7 +388,7 @@ COMMANDS = {
 }
 
 
-PARSED_BY_ITSELF = (_run, _chat, _tokens, bench_verbs.mt_bench)
+PARSED_BY_ITSELF = (_run, _chat, _tokens, verbs.mt_bench)
 """Functions that take the verb and all that follows: what they accept is not known before."""
 
 
