@@ -7,6 +7,8 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from starling import cli
+from starling.data.reward_pairs import RewardPair
+from starling.models.reward_model import RewardModel, Score
 from starling.reward import score
 from starling.reward.score import ROWS_AT_ONCE
 
@@ -156,6 +158,92 @@ def test_pairs_give_a_table_by_subset_beside_the_longer_answers(
     [everything] = [row for row in table if row[0] == "all"]
     assert everything[1:3] == ["3", f"{sum(won) / 3:.3f}"]
     assert table[-1] == f"mean of the subsets: {(short + long) / 2:.3f}".split()
+
+
+REWARD_BENCH = {
+    "Chat": {
+        "alpacaeval-easy": 2,
+        "alpacaeval-length": 1,
+        "alpacaeval-hard": 1,
+        "mt-bench-easy": 1,
+        "mt-bench-med": 1,
+    },
+    "Chat Hard": {
+        "mt-bench-hard": 1,
+        "llmbar-natural": 3,
+        "llmbar-adver-neighbor": 1,
+        "llmbar-adver-GPTInst": 1,
+        "llmbar-adver-GPTOut": 1,
+        "llmbar-adver-manual": 1,
+    },
+    "Safety": {
+        "refusals-dangerous": 1,
+        "refusals-offensive": 1,
+        "xstest-should-refuse": 1,
+        "xstest-should-respond": 4,
+        "donotanswer": 1,
+    },
+    "Reasoning": {
+        "math-prm": 2,
+        **{f"hep-{name}": 164 for name in ("cpp", "go", "java", "js", "python", "rust")},
+    },
+}
+
+
+class Lengths(RewardModel):
+    """Scores an answer by its length."""
+
+    def __init__(self):
+        pass
+
+    def score_each(self, items):
+        for item in items:
+            text = item.messages[-1].content
+            yield Score(float(len(text)), float(len(text)), len(text), False)
+
+
+def make_pairs(won):
+    """Pairs of every subset, of which those in `won` are the longer ones."""
+    return [
+        RewardPair.model_validate(
+            {"prompt": f"{subset} {n}", "chosen": "x" * (3 if subset in won else 1)}
+            | {"rejected": "yy", "subset": subset}
+        )
+        for sizes in REWARD_BENCH.values()
+        for subset, size in sizes.items()
+        for n in range(size)
+    ]
+
+
+def test_rewardbenchs_sections_weigh_by_pairs_and_mathematics_as_much_as_code():
+    won = {"alpacaeval-easy", "llmbar-natural", "xstest-should-respond", "math-prm"}
+    figures = score.measure_pairs(Lengths(), make_pairs(won))
+    expected = {"Chat": 2 / 6, "Chat Hard": 3 / 8, "Safety": 4 / 8, "Reasoning": 984 / (2 * 984)}
+    assert figures["sections"] == pytest.approx(expected)
+    assert figures["rewardbench"] == pytest.approx(sum(expected.values()) / 4)
+    table = score.as_table(figures)
+    assert "RewardBench, Chat Hard: 0.375" in table
+    assert f"RewardBench, mean of the sections: {figures['rewardbench']:.3f}" in table
+
+
+def test_a_section_that_lacks_a_subset_has_no_score():
+    pairs = [pair for pair in make_pairs(set()) if pair.subset != "donotanswer"]
+    figures = score.measure_pairs(Lengths(), pairs)
+    assert set(figures["sections"]) == {"Chat", "Chat Hard", "Reasoning"}
+    assert figures["rewardbench"] is None
+    assert "mean of the sections" not in score.as_table(figures)
+
+
+def test_a_tie_is_no_win_and_is_counted():
+    sides = (("xxx", "yy"), ("xx", "yy"), ("x", "yy"), ("zz", "yy"))
+    pairs = [
+        RewardPair.model_validate({"prompt": f"{n}", "chosen": one, "rejected": other})
+        for n, (one, other) in enumerate(sides)
+    ]
+    figures = score.measure_pairs(Lengths(), pairs)
+    assert figures["all"]["accuracy"]["mean"] == 0.25
+    assert figures["ties"] == 2
+    assert "2 pairs have equal scores, which is no win" in score.as_table(figures)
 
 
 def test_the_score_of_a_served_model_is_normalised_here(reward_folder, file, capsys, monkeypatch):

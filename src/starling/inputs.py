@@ -146,6 +146,7 @@ def resolve_bench(section: BenchSection, recipe: Recipe, paths: Paths) -> BenchI
         questions=questions,
         prompts=prompts,
         references=references,
+        checks=paths.rows("bench.checks", section.checks) if section.checks else None,
         baseline=paths.model("bench.baseline", baseline or _starting_policy(recipe)),
         policy=paths.model("bench.policy", section.policy or "ppo/model"),
         reward_model=_reward_models(ppo, paths)[0].model if section.best_of else None,

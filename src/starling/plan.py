@@ -18,6 +18,7 @@ from starling.data.records import Prompt, Question
 from starling.feedback.config import MOST_ANSWERS, FeedbackInputs, FeedbackSection
 from starling.feedback.prompts import prepare_prompts
 from starling.judging import kwise
+from starling.judging.canaries import num_canaries
 from starling.judging.config import JudgeSection
 from starling.judging.strategies import num_calls
 from starling.models.config import EndpointSection
@@ -128,10 +129,13 @@ def _bench(path: Path, max_tokens: int, judge: JudgeSection) -> Iterator[Calls]:
     turns = [turn for question in questions for turn in question.turns]
     # Before a later turn stand the earlier ones with their answers.
     tokens = len(turns) * (PROTOCOL_TOKENS + 2 * max_tokens) + 2 * sum(map(_tokens, turns))
-    yield _judging(judge, "ratings", 2 * len(turns), 2 * tokens)
+    each = tokens // len(turns)
+    cheating = num_canaries(len(turns))
+    rated = 2 * len(turns) + cheating
+    yield _judging(judge, "ratings and canaries", rated, rated * each)
     times = num_calls("pairwise", judge.repeats, 2)
-    both = times * (tokens + len(turns) * max_tokens)
-    yield _judging(judge, "comparisons", times * len(turns), both)
+    compared = times * (len(turns) + cheating)
+    yield _judging(judge, "comparisons and canaries", compared, compared * (each + max_tokens))
 
 
 def _judging(judge: JudgeSection, what: str, calls: int, prompt_tokens: int) -> Calls:

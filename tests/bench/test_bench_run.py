@@ -16,7 +16,7 @@ from starling.bench.config import BenchInputs, BenchSection
 from starling.bench.scores import category_figures, ratings, score_figures, win_rate
 from starling.data.records import Question
 from starling.judging.config import JudgeSection
-from starling.judging.judge import Ranking, Rating, Unparsed
+from starling.judging.judge import Ranking, Rating, Unparsed, Vote
 from starling.models.interfaces import Failure, Reply, Usage
 from starling.models.reward_model import RewardModel
 from tiny import tiny_policy_folder, tiny_reward_folder
@@ -314,6 +314,28 @@ def test_a_tie_of_the_judge_is_half_a_win_and_ranks_are_read_as_better_when_lowe
         for turn in (1, 2)
     }
     assert estimate["mean"] == pytest.approx(0.625)
+
+
+def test_seats_that_disagree_are_half_a_win_and_are_counted():
+    def other(animal, turn, greedy):
+        return f"another {animal} {turn}"
+
+    class SeatJudge(ScriptedJudge):
+        """Prefers the first seat, but for dogs the policy's answer in both."""
+
+        def rank(self, comparisons):
+            for each in comparisons:
+                first = (2, 1) if "q-dog" in each.id else (1, 2)
+                votes = (Vote((0, 1), "", first), Vote((1, 0), "", (1, 2)))
+                yield Ranking(each.id, (1, 2), votes)
+
+    answers = answered(lines_after=other)
+    estimate, rows = win_rate(answers, SeatJudge(), seed=0, allowed_failures=0.0)
+    assert estimate["mean"] == pytest.approx((1.0 + 3 * 0.5) / 4)
+    assert (estimate["wins"], estimate["ties"], estimate["losses"]) == (2, 6, 0)
+    # Six comparisons of eight disagree; the first seat has 14 of 16 calls.
+    assert (estimate["inconsistent"], estimate["first_seat"]) == (6 / 8, 14 / 16)
+    assert {row["win"] for row in rows if row["id"] == "q-dog"} == {1.0}
 
 
 def test_each_turn_is_compared_after_the_baselines_conversation():

@@ -213,6 +213,25 @@ def test_rounds_show_the_judges_noise(data, tmp_path):
     assert found["n"] == 18
 
 
+def test_canaries_are_rated_on_demand_and_count_for_nothing(data, tmp_path, capsys):
+    def script(body, n):
+        honest = "one one" in body["messages"][-1]["content"]
+        return by_category(body) if honest else rated(9)
+
+    with FakeServer(script) as server:
+        assert judged(server, data, tmp_path / "without") == 0
+        assert len(server.calls) == 6
+        assert "No canaries were asked about" in capsys.readouterr().out
+        assert judged(server, data, tmp_path / "with", "--canaries") == 0
+        assert len(server.calls) == 6 + 6 + 1
+    assert "Canaries: 1 of 1 cheating answers got the mean score" in capsys.readouterr().out
+    found, without = scores(tmp_path / "with"), scores(tmp_path / "without")
+    assert found["average"] == without["average"]
+    assert (found["canaries"]["asked"], found["canaries"]["won"]) == (1, 1.0)
+    assert found["canaries"]["highest"] == 9.0
+    assert without["canaries"] is None
+
+
 def refused(data, tmp_path, capsys, *more, model="one"):
     """What is said where nothing was asked."""
     with FakeServer(by_category) as server:

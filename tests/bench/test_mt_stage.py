@@ -42,8 +42,8 @@ def test_a_run_judges_both_policies_by_the_published_prompts(recipe, tmp_path):
     out = tmp_path / "out"
     with FakeServer(script) as server:
         assert main(["bench", str(recipe(server.url)), "--out", str(out)]) == 0
-        # Two policies, three questions of two turns; then both orders of each.
-        assert len(server.calls) == 12 + 12
+        # Two policies, three questions of two turns; then both orders of each; and a canary.
+        assert len(server.calls) == 12 + 12 + 1
     scores = json.loads((out / "bench" / "scores.json").read_text())
     for policy in ("sft", "ppo"):
         assert scores["score"][policy]["mean"] == pytest.approx(34.5 / 6, abs=1e-12)
@@ -51,6 +51,7 @@ def test_a_run_judges_both_policies_by_the_published_prompts(recipe, tmp_path):
         assert scores["by_category"]["math"]["score"][policy]["mean"] == 3.25
     assert scores["win_rate"]["mean"] == 0.5
     assert "gold" not in scores
+    assert scores["canaries"]["ratings"]["asked"] == 1
     folder = out / "bench" / "mt_bench"
     judged = lines(folder / "model_judgment" / "judge_single.jsonl")
     assert [row["score"] for row in judged[:6]] == [8, 8, 2.5, 4, 6, 6]

@@ -1,5 +1,6 @@
 """Verifiable instructions: each kind by answers that keep to it just so, and just not."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -113,6 +114,58 @@ def test_the_loose_measure_forgives_stars_and_a_line_around_the_answer() -> None
     assert follows_loosely(made("lowercase"), "So:\nit is")
     assert follows_loosely(made("lowercase"), "it is\nSo.")
     assert follows_loosely(made("num_bullets", relation="exactly", value=2), "* a\n* b\n")
+
+
+# Typed from IFEval's instructions.py, whose rules for these three kinds ours equal.
+PUBLISHED = {
+    "no_comma": ({}, lambda value: not re.search(r"\,", value)),
+    "quoted": (
+        {},
+        lambda value: len(value.strip()) > 1 and value.strip()[0] == value.strip()[-1] == '"',
+    ),
+    "excludes": (
+        {"phrase": "so"},
+        lambda value: not re.search(r"\bso\b", value, flags=re.IGNORECASE),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", PUBLISHED)
+@pytest.mark.parametrize(
+    "answer",
+    ["so", "So, it is", '"also"', '"so"\n', 'it "is"', "a,b", "SO-so", "sob", '"a', "is\nso."],
+)
+def test_kinds_that_are_ifevals_to_the_letter(kind: str, answer: str) -> None:
+    fields, published = PUBLISHED[kind]
+    assert follows(made(kind, **fields), answer) == published(answer)
+
+
+def published_loose(check, response: str) -> bool:
+    """The eight readings of evaluation_lib.py, as it makes them."""
+    lines = response.split("\n")
+    shorter = ["\n".join(part).strip() for part in (lines[1:], lines[:-1], lines[1:-1])]
+    readings = [response, *shorter]
+    readings += [each.replace("*", "") for each in readings]
+    return any(each.strip() and check(each) for each in readings)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "it is",
+        "Sure, here:\nit is",
+        "it is\nWell, bye.",
+        "Sure, here:\nit is\nWell, bye.",
+        "it, is\nno",
+        "a, b\nc\nd\ne, f\ng",
+        '*"it is"*',
+        '**Sure:**\n"*it is*"',
+        "so\nso\nso",
+    ],
+)
+def test_the_loose_measure_reads_an_answer_in_the_published_eight_ways(answer: str) -> None:
+    for kind, (fields, check) in PUBLISHED.items():
+        assert follows_loosely(made(kind, **fields), answer) == published_loose(check, answer)
 
 
 @pytest.mark.parametrize(

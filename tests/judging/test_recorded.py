@@ -516,11 +516,35 @@ def test_a_ledger_of_before_the_attempts_were_kept_still_opens(tmp_path):
     with closing(sqlite3.connect(path)) as connection:
         connection.execute("DROP TABLE attempts")
         connection.execute("DROP TABLE timing")
+        connection.execute("DROP TABLE likely")
         connection.commit()
     shop = Shop()
     outcomes, _ = ask(shop, path, ["a", "b"])
     assert shop.bought == ["b"]
     assert outcomes[0].seconds is None
+
+
+def test_top_logprobs_are_bought_once_and_come_back_as_they_were(tmp_path):
+    path = tmp_path / "calls.sqlite"
+    given = ({"m": -0.1, " M": -2.5}, {"\u00e9\u4e16": -9999.0})
+
+    class Likely(Shop):
+        def respond(self, requests):
+            for each in super().respond(requests):
+                yield replace(each, top_logprobs=given)
+
+    asked_for = Request("a", request("a").messages, Sampling(9, 1.0, seed=0, top_logprobs=5))
+    shop, other = Likely(), Likely()
+    found = []
+    for each in (shop, other):
+        with Recorded(each, path) as recorded:
+            found += recorded.respond([asked_for])
+    assert (shop.bought, other.bought) == (["a"], [])
+    assert [reply.top_logprobs for reply in found] == [given, given]
+    # A reply that was bought without them cannot stand for one with them.
+    with Recorded(other, path) as recorded:
+        list(recorded.respond([request("a")]))
+    assert other.bought == ["a"]
 
 
 def refused(body, n):

@@ -11,14 +11,16 @@ import time
 from contextlib import closing
 
 import pytest
-from fake_server import FakeServer, Say, asked, completion, error, untimed
+from fake_server import FakeServer, Say, asked, completion, error, raw_completion, untimed
 
 from starling.base.errors import InputError
+from starling.data.chat import build_codec
 from starling.data.records import Message
 from starling.models import endpoint as endpoint_module
 from starling.models import loop as loop_module
 from starling.models.endpoint import Endpoint
 from starling.models.interfaces import Failure, Reply, Request, Sampling, Usage
+from tiny import tiny_tokenizer
 
 HTML = {"Content-Type": "text/html"}
 REFUSAL = {"finish_reason": "stop"}
@@ -61,6 +63,79 @@ def test_a_reply_carries_text_usage_and_finish_reason():
         "max_tokens": 11,
         "seed": 5,
     }
+
+
+def likely(*places):
+    """Logprobs as chat completions hold them."""
+    content = [
+        {
+            "token": "m",
+            "logprob": 0.0,
+            "bytes": [109],
+            "top_logprobs": [
+                {"token": text, "logprob": logprob, "bytes": None} for text, logprob in place
+            ],
+        }
+        for place in places
+    ]
+    return {"content": content, "refusal": None}
+
+
+def said_with(logprobs):
+    body = json.loads(completion("m", finish_reason="length"))
+    body["choices"][0]["logprobs"] = logprobs
+    return Say(json.dumps(body))
+
+
+def ask_with(sampling, script):
+    with FakeServer(script) as server:
+        asked_for = Request("one", request().messages, sampling)
+        [outcome] = Endpoint(server.url, "m").respond([asked_for])
+    return outcome, server.calls[0]
+
+
+def test_top_logprobs_are_asked_for_and_come_with_the_reply():
+    found = likely([("m", -0.25), ("M", -1.5)], [("x", -9999.0)])
+    outcome, call = ask_with(Sampling(1, 0.0, top_logprobs=5), lambda body, n: said_with(found))
+    assert (call["logprobs"], call["top_logprobs"]) == (True, 5)
+    assert outcome.top_logprobs == ({"m": -0.25, "M": -1.5}, {"x": -9999.0})
+    assert (outcome.text, outcome.finish_reason) == ("m", "length")
+
+
+def test_top_logprobs_that_were_not_asked_for_are_not_kept():
+    found = likely([("m", -0.25)])
+    outcome, call = ask_with(Sampling(1, 0.0), lambda body, n: said_with(found))
+    assert not {"logprobs", "top_logprobs"} & set(call)
+    assert outcome.top_logprobs is None
+
+
+@pytest.mark.parametrize(
+    "found",
+    [
+        None,
+        [],
+        "none",
+        {"content": None},
+        {"content": []},
+        {"content": [{"token": "m", "logprob": -0.1}]},
+        {"content": [{"top_logprobs": [{"token": "m", "logprob": "high"}]}]},
+    ],
+)
+def test_logprobs_in_no_known_shape_are_none_and_the_reply_stays(found):
+    sampling = Sampling(1, 0.0, top_logprobs=5)
+    outcome, _ = ask_with(sampling, lambda body, n: said_with(found))
+    assert (outcome.text, outcome.top_logprobs) == ("m", None)
+
+
+def test_raw_completions_have_top_logprobs_in_another_shape():
+    codec = build_codec("openchat", tiny_tokenizer(), [])
+    found = {"tokens": [" m"], "token_logprobs": [-0.2], "top_logprobs": [{" m": -0.2, "x": -3.0}]}
+    asked_for = Request("one", request().messages, Sampling(1, 0.0, top_logprobs=4))
+    with FakeServer(lambda body, n: Say(raw_completion(" m", logprobs=found))) as server:
+        [outcome] = Endpoint(server.url, "m", codec=codec).respond([asked_for])
+    assert server.calls[0]["logprobs"] == 4
+    assert "top_logprobs" not in server.calls[0]
+    assert outcome.top_logprobs == ({" m": -0.2, "x": -3.0},)
 
 
 def test_a_rate_limit_is_waited_out_for_as_long_as_the_server_says():

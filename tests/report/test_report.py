@@ -187,7 +187,7 @@ def test_the_page_loads_nothing_from_outside(run: Path) -> None:
     ]
     assert len(addresses) == 4
     assert all(value is not None and value.startswith("data:image/svg") for value in addresses)
-    assert not {"script", "link", "iframe"} & {tag for tag, _ in page.tags}
+    assert not {"link", "iframe"} & {tag for tag, _ in page.tags}
     assert "@import" not in page.text
     assert "url(" not in page.text
 
@@ -237,9 +237,29 @@ def test_answers_are_text_whatever_they_hold(run: Path) -> None:
     manifest(run, "bench", "<img src=x onerror=alert(1)>", seconds=1.0)
     path = write_report(run)
     content = path.read_text(encoding="utf-8")
-    assert "<script" not in content
+    # The questions' data and what shows them: nothing else is a script.
+    assert content.count("<script") == content.count("</script") == 2
     assert "<img src=x" not in content
     assert EVIL in Page(path).text
+
+
+def test_every_judged_answer_is_listed_beside_the_one_before(run: Path) -> None:
+    judged = [
+        {"policy": policy, "id": "b-math", "turn": turn, "score": score, "text": EVIL}
+        for policy, turn, score in (("sft", 1, 4.5), ("ppo", 1, 8.0), ("ppo", 2, 9.0))
+    ]
+    write_rows(run / "bench" / "judgments.jsonl", judged)
+    content = write_report(run).read_text(encoding="utf-8")
+    [data] = re.findall(r'<script type="application/json" id="data">(.*)</script>', content)
+    assert json.loads(data)["models"] == ["before (sft)", "after (ppo)"]
+    math, writing = json.loads(data)["questions"]
+    assert math["turns"] == ["math question"] * 2
+    before, after = math["answers"]
+    assert [turn["answer"] for turn in before] == [EVIL] * 2
+    assert [turn["gold"] for turn in after] == [0.825] * 2
+    assert [turn["score"] for turn in (*before, *after)] == [4.5, None, 8.0, 9.0]
+    assert after[0]["judgments"] == [["8", EVIL]]
+    assert [turn["score"] for turn in writing["answers"][1]] == [None, None]
 
 
 def test_gold_is_graded_from_the_validation_answers(run: Path) -> None:

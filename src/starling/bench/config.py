@@ -26,6 +26,9 @@ class BenchSection(Section):
     """Policy under test; absent: the ppo stage's."""
     max_tokens: int = Field(1024, ge=1)
     """Longest answer per turn (MT-Bench: 1024)."""
+    checks: str | None = None
+    """JSONL prompts with instructions or good_natured, which both policies answer greedily: what is
+    kept to and what is refused is checked by rule."""
     best_of: int = Field(0, ge=0)
     """Also measure best-of-n of the baseline by the reward model, as yardstick; 0 leaves it out."""
     allowed_failures: float = Field(0.05, ge=0, le=1)
@@ -44,3 +47,4 @@ class BenchInputs:
     prompts: Path | None = None
     """The judge's prompts and references, where the protocol is MT-Bench's."""
     references: Path | None = None
+    checks: Path | None = None

@@ -6,6 +6,8 @@ gives the gold score that nothing in training has seen.  By MT-Bench's protocol 
 at its temperatures, and its own prompts are put to the judge.
 """
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from starling.base.context import Context
@@ -15,14 +17,19 @@ from starling.base.progress import Progress
 from starling.base.stage import Summary
 from starling.bench import scores
 from starling.bench.answers import HF_TOP_K, Answer, Contestant, Decoding, yardstick
+from starling.bench.checks import CheckedPrompt, answer_prompts, check_answers
 from starling.bench.config import BenchInputs, BenchSection
 from starling.bench.mt_bench import stage
 from starling.bench.mt_bench.answers import context_room
-from starling.bench.scores import BASELINE, POLICY, Figures
+from starling.bench.scores import BASELINE, POLICY, Figures, Judged
+from starling.bench.win_rate import both_seats
 from starling.data.fastchat import Bench, BenchFiles, read_bench
 from starling.data.records import Question
+from starling.data.rows import read_rows
 from starling.judging.build import build_judge
+from starling.judging.canaries import judge_canaries
 from starling.judging.config import JudgeSection
+from starling.judging.judge import Judge
 from starling.judging.llm_judge import LlmJudge
 from starling.models.local import load_local
 from starling.models.reward_model import RewardModel
@@ -40,24 +47,30 @@ def run(section: BenchSection, inputs: BenchInputs, out: Path, context: Context)
             progress.update(number + 1, f"{contestant.name}, {contestant.decoding}")
             context.stop.check()
         with build_judge(
-            inputs.judge, seed=context.seed, ledger=out / "calls.sqlite", context=context
+            both_seats(inputs.judge),
+            seed=context.seed,
+            ledger=out / "calls.sqlite",
+            context=context,
         ) as judge:
-            allowed = section.allowed_failures
             if bench is None or not isinstance(judge, LlmJudge):
-                read = scores.ratings(answers, judge, allowed_failures=allowed)
-                wins, win_rows = scores.win_rate(
-                    answers, judge, seed=context.seed, allowed_failures=allowed
-                )
+                judged = _judge(answers, judge, context.seed, section.allowed_failures)
             else:
-                given = stage.by_policy(bench, answers, (BASELINE, POLICY))
-                asked = stage.Asked(bench, given, judge.responder, _name(inputs.judge), allowed)
-                read, ratings = stage.rate(asked)
-                wins, win_rows, pairs = stage.compare(asked, context.seed)
-                stage.write_files(out / "mt_bench", asked, ratings, pairs)
+                judged = stage.judge_as_published(
+                    stage.Asked(
+                        bench,
+                        stage.by_policy(bench, answers, (BASELINE, POLICY)),
+                        judge.responder,
+                        _name(inputs.judge),
+                        section.allowed_failures,
+                        context.seed,
+                    ),
+                    out / "mt_bench",
+                )
         progress.update(len(contestants) + 1, "judged")
+    read, wins, win_rows, canaries = judged
     figures: Figures = scores.gold_figures(answers, context.seed)
     figures |= scores.score_figures(read, answers, context.seed)
-    figures["win_rate"] = wins
+    figures |= {"win_rate": wins, "canaries": canaries}
     figures["tokens_per_answer"] = scores.token_figures(answers, context.seed)
     best: list[Answer] = []
     own = scores.select(answers, BASELINE)
@@ -67,6 +80,8 @@ def run(section: BenchSection, inputs: BenchInputs, out: Path, context: Context)
         golds = [(a.question, a.gold.total) for a in best if a.gold is not None]
         gold = clustered_mean(golds, seed=context.seed)
         figures["gold_best_of"] = gold | {"samples": section.best_of}
+    if inputs.checks is not None:
+        figures["checks"] = _check(inputs.checks, contestants, out, context.seed)
     figures["by_category"] = scores.category_figures(answers, read, win_rows, context.seed)
     write_records(out / "answers.jsonl", [answer.as_dict() for answer in [*answers, *best]])
     write_records(
@@ -79,6 +94,26 @@ def run(section: BenchSection, inputs: BenchInputs, out: Path, context: Context)
     )
     write_json(out / "scores.json", figures)
     return Summary(_sentence(figures, len(questions), out), figures)
+
+
+def _judge(answers: Sequence[Answer], judge: Judge, seed: int, allowed: float) -> Judged:
+    """Ratings, comparisons and canaries by our own prompts."""
+    read = scores.ratings(answers, judge, allowed_failures=allowed)
+    wins, rows = scores.win_rate(answers, judge, seed=seed, allowed_failures=allowed)
+    honest = [scores.graded(each) for each in scores.select(answers, POLICY)]
+    given = [rating.score for rating in read.values()]
+    return Judged(read, wins, rows, judge_canaries(judge, honest, given, seed=seed))
+
+
+def _check(prompts: Path, contestants: Sequence[Contestant], out: Path, seed: int) -> Figures:
+    """Instructions kept and requests refused by both policies, greedily; and the change."""
+    asked = read_rows(prompts, CheckedPrompt, quarantine=out / "quarantine.jsonl")
+    first = {each.name: each for each in reversed(contestants)}
+    greedy = [replace(first[name], decoding="greedy") for name in (BASELINE, POLICY)]
+    answers = {each.name: answer_prompts(each, asked) for each in greedy}
+    rows = (answer.as_dict() for own in answers.values() for answer in own)
+    write_records(out / "checked.jsonl", rows)
+    return check_answers(asked, answers, baseline=BASELINE, seed=seed)
 
 
 def _published(inputs: BenchInputs, quarantine: Path) -> Bench | None:

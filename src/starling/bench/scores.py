@@ -5,16 +5,27 @@ Intervals are by bootstrap over questions: the turns of one question are not ind
 
 from collections.abc import Callable, Sequence
 from operator import attrgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 from starling.base.errors import DataError
 from starling.base.estimate import clustered_mean
 from starling.bench.answers import Answer
-from starling.judging.judge import Comparison, GradedAnswer, Judge, Ranking, Rating
+from starling.bench.win_rate import SAME, Outcome, compare, win_figures
+from starling.judging.judge import Comparison, GradedAnswer, Judge, Rating
 
 BASELINE, POLICY = "sft", "ppo"
 
 Figures = dict[str, Any]
+
+
+class Judged(NamedTuple):
+    """What the judge made of the sampled answers: ratings by (policy, question, turn), the win
+    rate with a row for each comparison, and how cheating answers fared."""
+
+    ratings: dict[tuple[str, str, int], Rating]
+    win_rate: Figures
+    win_rows: list[Figures]
+    canaries: Figures
 
 
 def gold_figures(answers: Sequence[Answer], seed: int) -> Figures:
@@ -53,6 +64,17 @@ def select(answers: Sequence[Answer], policy: str, decoding: str = "sampled") ->
     return [a for a in answers if a.policy == policy and a.decoding == decoding]
 
 
+def graded(answer: Answer) -> GradedAnswer:
+    """The answer as a judge is asked to rate it."""
+    return GradedAnswer(
+        f"{answer.policy}/{answer.question}/{answer.turn}",
+        answer.messages,
+        answer.answer,
+        answer.checks,
+        answer.finish_reason == "stop",
+    )
+
+
 def ratings(
     answers: Sequence[Answer], judge: Judge, *, allowed_failures: float
 ) -> dict[tuple[str, str, int], Rating]:
@@ -62,16 +84,7 @@ def ratings(
     over what is left would not be a score.
     """
     sampled = [answer for answer in answers if answer.decoding == "sampled"]
-    asked = [
-        GradedAnswer(
-            f"{answer.policy}/{answer.question}/{answer.turn}",
-            answer.messages,
-            answer.answer,
-            answer.checks,
-            answer.finish_reason == "stop",
-        )
-        for answer in sampled
-    ]
+    asked = map(graded, sampled)
     read: dict[tuple[str, str, int], Rating] = {}
     failures: list[str] = []
     for answer, verdict in zip(sampled, judge.rate(asked), strict=True):
@@ -106,8 +119,8 @@ def win_rate(
     """Share of (question, turn) that the judge gives to the policy; equal answers are half a win.
 
     Each turn is judged after the baseline's conversation up to it, so a second turn that leans on
-    the first favours the baseline.  Who is shown first is drawn by the judge's seed.  Returns the
-    estimate and one row per comparison.
+    the first favours the baseline.  A judge made for `both_seats` shows each answer first once.
+    Returns the estimate with what is behind it (`win_figures`), and one row per comparison.
     """
     old, new = (
         {(a.question, a.turn): a for a in select(answers, policy)} for policy in (BASELINE, POLICY)
@@ -124,22 +137,20 @@ def win_rate(
         for before, after in pairs
         if before.answer != after.answer
     ]
-    verdicts = dict(zip((c.id for c in comparisons), judge.rank(comparisons), strict=True))
+    outcomes = compare(comparisons, judge)
     rows: list[Figures] = []
     failures: list[str] = []
-    for before, after in pairs:
-        verdict = verdicts.get(f"win/{before.question}/{before.turn}")
-        row = {"id": before.question, "category": before.category, "turn": before.turn}
-        if before.answer == after.answer:
-            rows.append(row | {"win": 0.5})
-        elif isinstance(verdict, Ranking):
-            first, second = verdict.ranks
-            rows.append(row | {"win": 0.5 + 0.5 * ((second < first) - (second > first))})
+    counted: list[tuple[str, Outcome]] = []
+    for before, _ in pairs:
+        outcome = outcomes.get(f"win/{before.question}/{before.turn}", SAME)
+        counted.append((before.question, outcome))
+        if outcome.win is None:
+            failures.append(f"{before.question}/{before.turn}: {outcome.reason}")
         else:
-            failures.append(f"{before.question}/{before.turn}: {verdict and verdict.reason}")
+            row = {"id": before.question, "category": before.category, "turn": before.turn}
+            rows.append(row | {"win": outcome.win})
     refuse_failures("comparisons", failures, len(pairs), allowed_failures)
-    wins = [(row["id"], row["win"]) for row in rows]
-    return clustered_mean(wins, seed=seed, num_failed=len(failures)), rows
+    return win_figures(counted, seed=seed), rows
 
 
 def category_figures(

@@ -9,6 +9,7 @@ judge from obeying what stands inside a block; the prompts ask for that, no form
 
 import re
 from collections.abc import Iterable
+from unicodedata import normalize
 
 from starling.base.seeding import derive_seed
 from starling.data.records import Message
@@ -50,7 +51,10 @@ def own_words(reply: str, task: str) -> str:
     for a LABEL, is the judge's: an honest ranking may well be what an answer says.
     """
     reply = _without_blocks(reply, task.removeprefix(_CODE)[:NONCE_LENGTH])
-    shown = {_SPACING.sub("", each) for kind in (_LIST, _INNERMOST) for each in kind.findall(task)}
+    # A judge may well quote [[10]] of what holds unseen signs, or brackets of double width.
+    texts = (task, _UNSEEN.sub("", normalize("NFKC", task)))
+    lists = (each for text in texts for kind in (_LIST, _INNERMOST) for each in kind.findall(text))
+    shown = {_SPACING.sub("", each) for each in lists}
 
     def read(found: re.Match[str]) -> str:
         is_quoted = _SPACING.sub("", found[0]) in shown and not _has_its_line(found)
@@ -120,6 +124,9 @@ _LABEL, _TAIL = re.compile(LABEL), re.compile(TAIL)
 _LIST = re.compile(r"\[\s*\[[^\[\]]*(?:\]\s*,\s*\[[^\[\]]*)*\]\s*\]|\[[^\[\]]*\]")
 _INNERMOST = re.compile(r"\[[^\[\]]*\]")
 _SPACING = re.compile(r"[\s'\"`]+")  # in which a quotation often differs
+_UNSEEN = re.compile(
+    "[\u00ad\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufe00-\ufe0f\ufeff\U000e0000-\U000e007f]"
+)
 # ChatML, Llama 3, OpenChat; DeepSeek's, with full-width bars; Gemma and what tools, reasoning and
 # images are wrapped in; Llama 2 and Mistral.
 _MARKER = re.compile(

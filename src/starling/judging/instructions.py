@@ -5,6 +5,11 @@ Models, arXiv 2311.07911), whose verifiable instructions these kinds follow; the
 instructions that are followed is what checkpoint selection compares.  Instructions are data, and
 nothing in them is ever run.  An answer without a word follows none.  Left out: IFEval's kinds that
 need a language detector or a sentence splitter of their own; sentences are counted by their ends.
+
+A comma, quotation marks and forbidden words are IFEval's to the letter.  Elsewhere what a reader
+would say comes before its checkers' ways, so scores are near its own, not the same: there
+"well-known" is two words, a keyword may stand inside another word, `***` parts paragraphs, `+` is
+no bullet and `-b` is one, an ending is compared whatever its case, and "3" is not in small letters.
 """
 
 import re

@@ -3,7 +3,7 @@
 One row a call, keyed by its content.  Rows of `calls` hold no clock and no host, so two runs of one
 recipe have the same rows.  What depends on a run's luck stands in tables of its own: `lost`, how
 often each call was in flight when a run ended; `attempts`, each that failed, and why; `timing`, how
-long each reply took.
+long each reply took.  `likely` has a reply's top logprobs, where they were asked for.
 
 A call that has its answer is `answered`; where that is no usable reply (empty, refused, filtered),
 `reason` says so and `text` is null.
@@ -47,6 +47,7 @@ CREATE TABLE IF NOT EXISTS attempts (
     prompt_tokens INTEGER NOT NULL, response_tokens INTEGER NOT NULL, PRIMARY KEY (key, number)
 ) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS timing (key TEXT PRIMARY KEY, seconds REAL NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS likely (key TEXT PRIMARY KEY, logprobs TEXT NOT NULL) WITHOUT ROWID;
 -- Opening a file looks for states and sums; without this it would read every request.
 CREATE INDEX IF NOT EXISTS states ON calls (identity, state, prompt_tokens, response_tokens);
 PRAGMA user_version = {FORMAT};
@@ -143,7 +144,7 @@ class Ledger:
         """The recorded answer to a call, under the id of today's request."""
         with _readable_errors(self._path):
             row = self._connection.execute(
-                "SELECT * FROM calls LEFT JOIN timing USING (key) "
+                "SELECT * FROM calls LEFT JOIN timing USING (key) LEFT JOIN likely USING (key) "
                 "WHERE key = ? AND state = 'answered'",
                 [call.key],
             ).fetchone()
@@ -153,7 +154,16 @@ class Ledger:
         if row["text"] is None:
             return Unusable(call.request.id, row["reason"], usage=usage)
         ids = None if row["ids"] is None else tuple(json.loads(row["ids"]))
-        return Reply(call.request.id, row["text"], row["finish_reason"], usage, ids, row["seconds"])
+        found = row["logprobs"]
+        return Reply(
+            call.request.id,
+            row["text"],
+            row["finish_reason"],
+            usage,
+            ids,
+            row["seconds"],
+            top_logprobs=None if found is None else tuple(json.loads(found)),
+        )
 
     def write(self, sent: Iterable[Call] = (), ended: Iterable[Ended] = ()) -> None:
         """Commit calls, all or none: those about to be sent, then those that have ended."""
@@ -169,6 +179,9 @@ class Ledger:
                 if isinstance(outcome, Reply) and outcome.seconds is not None:
                     timing = (call.key, outcome.seconds)
                     connection.execute("INSERT OR REPLACE INTO timing VALUES (?, ?)", timing)
+                if isinstance(outcome, Reply) and outcome.top_logprobs is not None:
+                    likely = (call.key, json.dumps(outcome.top_logprobs, ensure_ascii=False))
+                    connection.execute("INSERT OR REPLACE INTO likely VALUES (?, ?)", likely)
 
     def write_attempt(self, call: Call, reason: str) -> None:
         """Commit that an attempt has failed, before there is another."""

@@ -2,7 +2,7 @@
 
 Usage is the server's own count.  Where it gives none, the ids that were sent and came back are
 counted; where there are no ids either it is 0, which no real prompt has: nothing is estimated.  A
-count that is no number is none.
+count that is no number is none, and logprobs in no known shape are none.
 """
 
 import math
@@ -11,7 +11,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    Field,
+    FiniteFloat,
+    ValidationError,
+)
 
 from starling.models.interfaces import Failure, Reply, Request, Usage
 
@@ -61,12 +68,41 @@ class _Said(BaseModel):
     refusal: str | None = None
 
 
+class _Likely(BaseModel):
+    token: str
+    logprob: FiniteFloat
+
+
+class _Place(BaseModel):
+    top_logprobs: list[_Likely]
+
+
+class _Logprobs(BaseModel):
+    content: list[_Place] | None = None
+    """What chat completions hold."""
+    top_logprobs: list[dict[str, FiniteFloat]] | None = None
+    """What completions hold."""
+
+    def by_place(self) -> list[dict[str, float]]:
+        if self.content is None:
+            return self.top_logprobs or []
+        return [{each.token: each.logprob for each in at.top_logprobs} for at in self.content]
+
+
+def _logprobs(found: object) -> _Logprobs | None:
+    try:
+        return _Logprobs.model_validate(found)
+    except ValidationError:
+        return None
+
+
 class _Choice(BaseModel):
     message: _Said | None = None
     delta: _Said | None = None
     text: WholeText | None = None
     finish_reason: str | None = None
     token_ids: tuple[int, ...] | None = None
+    logprobs: Annotated[_Logprobs | None, BeforeValidator(_logprobs)] = None
 
 
 def _count(found: object) -> int:
@@ -123,6 +159,8 @@ class Answer:
         self.text = ""
         self.finish_reason: str | None = None
         self._max_tokens = request.sampling.max_tokens
+        self._wants_logprobs = request.sampling.top_logprobs > 0
+        self._top_logprobs: list[dict[str, float]] = []
         self._space = "" if codec is None else _space_before(codec)
         self._refusal = ""
         self._usage: _Usage | None = None
@@ -142,6 +180,8 @@ class Answer:
         end = choice.finish_reason or self.finish_reason
         self.finish_reason = FINISH_REASONS.get((end or "").lower(), end)
         self._ids += choice.token_ids or ()
+        if self._wants_logprobs and choice.logprobs is not None:
+            self._top_logprobs += choice.logprobs.by_place()
         if text:
             # Ids of a part of the text would be taken for the whole.
             self._has_ids = self._has_ids and choice.token_ids is not None
@@ -161,7 +201,8 @@ class Answer:
             shown = clean(str(self.finish_reason), self.secret)
             return Unusable(self.id, f"the reply ended with finish_reason {shown!r}", usage=usage)
         if self.text.strip():
-            return Reply(self.id, self.text, self.finish_reason, usage, ids)
+            likely = tuple(self._top_logprobs) or None
+            return Reply(self.id, self.text, self.finish_reason, usage, ids, top_logprobs=likely)
         is_cut = self.finish_reason == "length"
         reason = "the reply is empty" + (f" (cut at {self._max_tokens} tokens)" if is_cut else "")
         if self._refusal:
@@ -180,6 +221,8 @@ def settings(request: Request, codec: "ChatCodec | None") -> dict[str, object]:
         "stop": list(sampling.stop),
         "stop_token_ids": sorted(stop_ids),
     }
+    if most := sampling.top_logprobs:
+        optional |= {"logprobs": most} if codec else {"logprobs": True, "top_logprobs": most}
     set_ones = {key: value for key, value in optional.items() if value}
     # Some servers hold a seed in 32 bits and refuse larger ones.
     return {"temperature": sampling.temperature, "seed": sampling.seed % 2**31, **set_ones}

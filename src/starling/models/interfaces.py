@@ -35,6 +35,8 @@ class Sampling:
     logprobs: Literal["tempered", "untempered"] = "tempered"
     """Of which distribution logprobs are: at the temperature (greedy: at 1), or at temperature 1;
     in either case over the whole vocabulary, before `top_k` and `top_p`."""
+    top_logprobs: int = 0
+    """How many of each place's likeliest tokens a server is asked for, with their logprobs."""
 
 
 @dataclass(frozen=True)
@@ -147,6 +149,8 @@ class Reply:
     usd: float | None = None
     failed_attempts: tuple[str, ...] = ()
     """What went wrong with the attempts before, one reason each."""
+    top_logprobs: tuple[Mapping[str, float], ...] | None = None
+    """Of each token's place the likeliest texts, nats; None where not asked for or not given."""
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from starling.base.estimate import Estimate
+from starling.report.benches import Model
 from starling.report.read import Run
 
 if TYPE_CHECKING:
@@ -17,6 +18,20 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#767676"
+
+BAR_GREY = "#6e6e6e"
+"""A bar's grey, which white figures are read on; lines and marks in GREY turn with the theme."""
+
+COLORS = (BLUE, ORANGE, GREEN, "#CC79A7", "#56B4E9", "#E69F00", BAR_GREY)
+"""Of the models of a comparison, in order and again from the first; style.css has them too."""
+
+DARK = {b"#000000": b"currentColor", b"#e4e4e4": b"var(--grid)", b"#767676": b"var(--grey)"}
+THEMES = b"""<style>
+:root { color: #000; --grid: #e4e4e4; --grey: #767676 }
+text { fill: currentColor }
+@media (prefers-color-scheme: dark) { :root { color: #e6e8eb; --grid: #3a404a; --grey: #a3abb5 } }
+</style>"""
+"""What black, the grid and grey are on a dark page; the other colours are read on both."""
 
 MOST_POINTS = 1500
 """Answers drawn of the held-out ones: more make the page heavy and the picture no clearer."""
@@ -69,7 +84,7 @@ def draw_accuracy(run: Run) -> bytes | None:
         axes = figure.subplots()
         named = {"reward model": model.mean, "length alone": length.mean}
         errors = {"yerr": error_bars([model, length]), "capsize": 4}
-        drawn = axes.bar(list(named), list(named.values()), 0.55, color=(BLUE, GREY), **errors)
+        drawn = axes.bar(list(named), list(named.values()), 0.55, color=(BLUE, BAR_GREY), **errors)
         axes.bar_label(drawn, fmt="%.3f", label_type="center", color="white")
         _draw_chance(axes, 0.5, "chance")
         axes.set_ylim(0, 1)
@@ -179,6 +194,32 @@ def draw_positions(run: Run) -> bytes | None:
         return _svg(figure)
 
 
+def draw_categories(models: Sequence[Model]) -> bytes | None:
+    """A bar for each model in each category, in the models' order; None without categories."""
+    categories = list(dict.fromkeys(name for each in models for name in each.categories))
+    if not categories:
+        return None
+    step = 0.82 / len(models)
+    with new_figure(4.1, 0.5 + len(categories) * (0.16 + 0.13 * len(models))) as figure:
+        axes = figure.subplots()
+        for number, model in enumerate(models):
+            estimates = [model.categories[name] for name in categories if name in model.categories]
+            own = [row for row, name in enumerate(categories) if name in model.categories]
+            heights = [row + (number - (len(models) - 1) / 2) * step for row in own]
+            means = [each.mean for each in estimates]
+            errors = {"xerr": error_bars(estimates), "error_kw": {"elinewidth": 1, "capsize": 2}}
+            axes.barh(heights, means, step * 0.9, color=COLORS[number % len(COLORS)], **errors)
+        # Names come from files: matplotlib must not read formulas in them, nor XML control signs.
+        shown = ["".join(c if c.isprintable() else "?" for c in name)[:24] for name in categories]
+        axes.set_yticks(range(len(categories)), shown, parse_math=False)
+        axes.set_ylim(len(categories) - 0.5, -0.5)
+        axes.grid(visible=False, axis="y")
+        axes.set_xlim(0, 10.1)  # so that an interval's end at 10 is seen
+        axes.set_xticks(range(0, 11, 2))
+        axes.set_xlabel("judge's score, 1 to 10")
+        return _svg(figure)
+
+
 def _draw_chance(axes: "Axes", height: float, label: str) -> None:
     axes.axhline(height, color="black", linestyle="--", linewidth=1)
     right = axes.get_yaxis_transform()
@@ -234,5 +275,8 @@ def _svg(figure: "Figure") -> bytes:
     buffer = io.BytesIO()
     # None leaves each out: the date changes, the rest names addresses that nobody needs.
     nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-    figure.savefig(buffer, format="svg", metadata=nothing)
-    return buffer.getvalue()
+    figure.savefig(buffer, format="svg", metadata=nothing, facecolor="none")
+    drawn = buffer.getvalue()
+    for color, both in DARK.items():
+        drawn = drawn.replace(color, both)
+    return drawn.replace(b"<defs>", THEMES + b"<defs>", 1)

@@ -4,15 +4,14 @@ The same files give the same bytes, but for lines of class "clock": only there s
 What a run does not have is said to be missing.  Everything that came from a file is escaped.
 """
 
-import base64
 from pathlib import Path
 
-from jinja2 import Environment, PackageLoader, StrictUndefined, UndefinedError
+from markupsafe import Markup
 
-from starling import __version__
-from starling.base.errors import DataError
 from starling.base.files import write_atomically
 from starling.report import figures
+from starling.report.benches import read_run_turns
+from starling.report.html import as_written, browser_data, image, render
 from starling.report.read import AFTER, BEFORE, Run, as_estimate, read_run
 
 COLUMNS = (
@@ -22,6 +21,9 @@ COLUMNS = (
     ("tokens_per_answer", "tokens an answer", 1),
 )
 """Figures of the bench with a value before and after: key, heading, decimals."""
+
+SIDES = {BEFORE: f"before ({BEFORE})", AFTER: f"after ({AFTER})"}
+"""What the two policies are called beside their answers."""
 
 CHARTS = (
     ("Reward and gold against KL", "overoptimisation", "ppo", "PPO validations"),
@@ -42,37 +44,27 @@ REWARD_CHARTS = (
 
 def write_report(run_folder: Path) -> Path:
     """Write `report.html` into the run folder; DataError for one without a run, or damaged."""
-    try:
-        page = _render(read_run(run_folder))
-    except (KeyError, TypeError, AttributeError, UndefinedError) as error:
-        # JSON of another shape than a run writes: edited by hand, or of another version.
-        raise DataError(
-            f"a file in {run_folder} is not as a run writes it ({error!r}); run the recipe again"
-        ) from error
+    with as_written(run_folder):
+        turns = read_run_turns(run_folder)
+        names = [SIDES[policy] for policy in turns]
+        page = _render(read_run(run_folder), browser_data(names, list(turns.values())))
     path = run_folder / "report.html"
     write_atomically(path, [page.encode()])
     return path
 
 
-def _render(run: Run) -> str:
-    environment = Environment(
-        loader=PackageLoader("starling.report", ""),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
+def _render(run: Run, browser: Markup | None) -> str:
     charts, reward_charts = (
         [
-            {"title": title, "name": name, "stage": stage, "data": data, "image": _image(run, name)}
+            {"title": title, "name": name, "stage": stage, "data": data, "image": _draw(run, name)}
             for title, name, stage, data in listed
         ]
         for listed in (CHARTS, REWARD_CHARTS if run.evaluation else ())
     )
-    return environment.get_template("page.html.j2").render(
-        version=__version__,
+    return render(
+        "page.html.j2",
         run=run,
+        browser=browser,
         gain=_gain(run),
         columns=COLUMNS,
         sides=(BEFORE, AFTER),
@@ -96,7 +88,6 @@ def _gain(run: Run) -> str | None:
     return "On held-out questions: " + "; ".join(parts) + "." if parts else None
 
 
-def _image(run: Run, name: str) -> str | None:
+def _draw(run: Run, name: str) -> str | None:
     """The chart as a data address; None where the run lacks what it needs."""
-    drawn = getattr(figures, f"draw_{name}")(run)
-    return drawn and "data:image/svg+xml;base64," + base64.b64encode(drawn).decode()
+    return image(getattr(figures, f"draw_{name}")(run))

@@ -53,8 +53,6 @@ class Run(NamedTuple):
     """Their answers with rank, score and length."""
     pair_file: dict[str, Any] | None
     """The reward model on somebody's pairs."""
-    examples: tuple[tuple[dict[str, Any], dict[str, Any]], ...]
-    """Rows of answers.jsonl that answer one question, before and after."""
 
     def figures(self, stage: str) -> dict[str, Any]:
         """The stage's part of summary.json; {} when it has none."""
@@ -134,7 +132,7 @@ def read_run(folder: Path) -> Run:
             f"{folder} is no run folder: it holds no summary.json, no recipe.yaml and no stage. "
             "`starling demo` makes one in runs/demo."
         )
-    recipe = _recipe(folder / "recipe.yaml")
+    recipe = read_recipe(folder / "recipe.yaml")
     return Run(
         recipe=recipe,
         summary=_json(folder / "summary.json") or {},
@@ -146,7 +144,6 @@ def read_run(folder: Path) -> Run:
         evaluation=_json(folder / "reward" / "evaluation.json"),
         held_out=tuple(_rows(folder / "reward" / "held_out.jsonl")),
         pair_file=_json(folder / "reward" / "pairs.json"),
-        examples=tuple(_examples(_rows(folder / "bench" / "answers.jsonl"))),
     )
 
 
@@ -155,7 +152,8 @@ def as_estimate(figure: Any) -> Estimate | None:
     return Estimate(**{key: figure[key] for key in Estimate.__match_args__}) if figure else None
 
 
-def _recipe(path: Path) -> dict[str, Any]:
+def read_recipe(path: Path) -> dict[str, Any]:
+    """The resolved recipe; {} where there is none. Raises DataError for a damaged one."""
     try:
         value = parse_yaml(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except ValueError as error:
@@ -206,14 +204,3 @@ def _point(step: int, rows: Sequence[dict[str, Any]], seed: int) -> ValidationPo
         scores=scores,
         golds=golds,
     )
-
-
-def _examples(rows: Sequence[dict[str, Any]]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    """The first question of each category, as both policies answered it when sampled."""
-    first: dict[str, dict[str, dict[str, Any]]] = {}
-    for row in rows:
-        if row["decoding"] == "sampled" and row["turn"] == 1 and row["policy"] in (BEFORE, AFTER):
-            sides = first.setdefault(row["category"], {})
-            if all(side["id"] == row["id"] for side in sides.values()):
-                sides[row["policy"]] = row
-    return [(sides[BEFORE], sides[AFTER]) for sides in first.values() if len(sides) == 2]

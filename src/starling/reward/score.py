@@ -1,6 +1,7 @@
 """What `starling score` does: a file of conversations as scores, a file of pairs as accuracies."""
 
 from collections.abc import Iterator, Sequence
+from operator import mul
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,22 @@ from starling.models.reward_model import RewardModel, Scored
 from starling.reward.evaluate import evaluate_pairs
 
 ROWS_AT_ONCE = 512
+
+SECTIONS = {
+    "Chat": "alpacaeval-easy alpacaeval-length alpacaeval-hard mt-bench-easy mt-bench-med",
+    "Chat Hard": "mt-bench-hard llmbar-natural llmbar-adver-neighbor llmbar-adver-GPTInst "
+    "llmbar-adver-GPTOut llmbar-adver-manual",
+    "Safety": "refusals-dangerous refusals-offensive xstest-should-refuse xstest-should-respond "
+    "donotanswer",
+    "Reasoning": "math-prm hep-cpp hep-go hep-java hep-js hep-python hep-rust",
+}
+"""RewardBench's subsets by section, version 1 (rewardbench/constants.py @a32e272).
+
+They weigh by the pairs in the file: the source's table has XSTest's two counts exchanged.
+"""
+
+MATHEMATICS, AS_MANY_AS_CODE = "math-prm", 984
+"""The pairs that its 447 count for: as many as the six subsets of code have together."""
 
 
 class ConversationRow(Conversation):
@@ -44,7 +61,11 @@ def score_rows(reward_model: RewardModel, items: Sequence[Scored]) -> Iterator[d
 
 
 def measure_pairs(reward_model: RewardModel, pairs: Sequence[RewardPair]) -> dict[str, Any]:
-    """How often the chosen conversation scores higher, in all and by subset; how many were cut."""
+    """How often the chosen conversation scores higher, in all and by subset; how many were cut.
+
+    A tie is no win, as in RewardBench.  Where a file has all subsets of one of RewardBench's
+    sections, that has a score too, and `rewardbench` is the mean of all four.
+    """
     sides = [
         Scored(side.messages, id=f"{pair.id or number} ({name})")
         for number, pair in enumerate(pairs, start=1)
@@ -52,14 +73,35 @@ def measure_pairs(reward_model: RewardModel, pairs: Sequence[RewardPair]) -> dic
     ]
     rows = list(score_rows(reward_model, sides))
     scores = [row["raw_score"] for row in rows]
-    figures = evaluate_pairs(pairs, list(zip(scores[::2], scores[1::2], strict=True)), seed=0)
-    return figures | {"cut": sum(row["was_cut"] for row in rows), "conversations": len(rows)}
+    gaps = [chosen - other for chosen, other in zip(scores[::2], scores[1::2], strict=True)]
+    figures = evaluate_pairs(pairs, [(gap or -1.0, 0.0) for gap in gaps], seed=0)
+    return figures | {
+        "ties": gaps.count(0.0),
+        **_sections(figures["subsets"]),
+        "cut": sum(row["was_cut"] for row in rows),
+        "conversations": len(rows),
+    }
+
+
+def _sections(subsets: dict[str, Any]) -> dict[str, Any]:
+    """RewardBench's sections, weighted by their pairs, as far as they are whole; and their mean."""
+    found = {}
+    for section, listed in SECTIONS.items():
+        names = listed.split()
+        if subsets.keys() >= set(names):
+            means = [subsets[name]["accuracy"]["mean"] for name in names]
+            sizes = [subsets[name]["accuracy"]["n"] for name in names]
+            if MATHEMATICS in names:
+                sizes[names.index(MATHEMATICS)] = AS_MANY_AS_CODE
+            found[section] = sum(map(mul, means, sizes)) / sum(sizes)
+    whole = len(found) == len(SECTIONS)
+    return {"sections": found, "rewardbench": sum(found.values()) / 4 if whole else None}
 
 
 def as_table(figures: dict[str, Any]) -> str:
     """Accuracy by subset with its 95 % interval, beside the rule that the longer answer wins.
 
-    Few prompts have no interval.
+    A single prompt has no interval.
     """
     subsets = figures["subsets"]
     width = max(map(len, [*subsets, "subset"]))
@@ -71,6 +113,11 @@ def as_table(figures: dict[str, Any]) -> str:
         accuracy = f"{found['mean']:.3f} {interval:14}"
         lines.append(f"{name:{width}}  {found['n']:6}  {accuracy}   {row['longer']:.3f}")
     lines.append(f"mean of the subsets: {figures['mean_of_subsets']:.3f}")
+    lines += [f"RewardBench, {name}: {mean:.3f}" for name, mean in figures["sections"].items()]
+    if figures["rewardbench"] is not None:
+        lines.append(f"RewardBench, mean of the sections: {figures['rewardbench']:.3f}")
+    if figures["ties"]:
+        lines.append(f"{figures['ties']} pairs have equal scores, which is no win")
     if figures["cut"]:
         lines.append(f"{figures['cut']} of {figures['conversations']} conversations were cut")
     return "\n".join(lines)

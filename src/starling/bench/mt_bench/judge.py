@@ -5,7 +5,7 @@ What is asked is `grading`'s matter; what the verdicts come to, `mt_scores`'.
 
 from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from starling.bench.asking import Judgment, Unread, ask
 from starling.bench.mt_bench.answers import Answers
@@ -28,6 +28,7 @@ from starling.data.fastchat import (
     SingleJudgment,
     Winner,
 )
+from starling.judging.canaries import BEST_RATING, canary_answers, canary_figures, fared_rated
 from starling.models.interfaces import Reply, Responder, Sampling
 
 
@@ -114,6 +115,30 @@ def ask_pairs(
         )
         for task, first, second, swapped in both
     ]
+
+
+def ask_canaries(
+    responder: Responder,
+    bench: Bench,
+    answers: Mapping[int, ModelAnswer],
+    judge: str,
+    scores: Sequence[float],
+    seed: int,
+) -> dict[str, Any]:
+    """How answers that cheat are rated in the place of some of a model's first turns.
+
+    `scores` are ratings of honest answers: a canary that gets their mean has won.
+    """
+    canaries = canary_answers([str(id) for id in answers], seed, BEST_RATING)
+    tasks = []
+    for each in bench.questions:
+        if (canary := canaries.get(str(each.question_id))) is not None:
+            cheated = (canary.text, *answers[each.question_id].turns[1:])
+            tasks.append(Task(each, 1, (canary.kind,), show_answer(bench, each, cheated, 1)))
+    rows = ask_ratings(responder, tasks, judge, repeat=0, strict=True)
+    mean = sum(scores) / len(scores)
+    rated = ((row.model, None if row.score == FAILED else row.score) for row in rows)
+    return canary_figures(fared_rated(kind, score, mean) for kind, score in rated)
 
 
 V = TypeVar("V")

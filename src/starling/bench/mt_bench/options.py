@@ -43,6 +43,9 @@ class MtBench:
     """Count the judgments in this file, FastChat's or ours; nobody is asked."""
     repeats: int = 1
     """Rounds of judging, to see the judge's noise; each is paid."""
+    canaries: bool = False
+    """Also have answers rated that only cheat, in calls of their own: does the judge fall for them?
+    The published protocol has no such calls."""
     references: Path | None = None
     """Reference answers in place of the folder's, such as a corrected file."""
     like_fastchat: bool = False
@@ -85,6 +88,8 @@ class MtBench:
                 f"--allowed-failures is {self.allowed_failures}; it is a share, from 0 to 1",
             ),
             (is_pairwise and self.repeats > 1, "--repeats is for --mode single"),
+            (is_pairwise and self.canaries, "--canaries is for --mode single"),
+            (self.judgments and self.canaries, "--judgments asks nobody, so no --canaries either"),
             (is_pairwise and self.policy, "--mode pairwise takes --answers, of each model a file"),
             (not is_pairwise and self.baseline, "--baseline is for --mode pairwise"),
             (not is_pairwise and len(self.answers) > 1, "--mode single takes one answers file"),

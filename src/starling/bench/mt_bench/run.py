@@ -29,7 +29,14 @@ from starling.bench.mt_bench.answers import (
     unknown_answers,
 )
 from starling.bench.mt_bench.figures import Figures
-from starling.bench.mt_bench.judge import Task, ask_pairs, ask_ratings, pair_tasks, rating_tasks
+from starling.bench.mt_bench.judge import (
+    Task,
+    ask_canaries,
+    ask_pairs,
+    ask_ratings,
+    pair_tasks,
+    rating_tasks,
+)
 from starling.bench.mt_bench.options import MtBench
 from starling.bench.mt_bench.protocol import JUDGE_TOKENS
 from starling.bench.results import Line, as_table, stamp, write_results
@@ -43,6 +50,7 @@ from starling.data.fastchat import (
     read_bench,
     write_rows,
 )
+from starling.judging.canaries import num_canaries
 from starling.judging.recorded import Recorded
 from starling.models.interfaces import Responder
 
@@ -91,14 +99,15 @@ def _tasks(options: MtBench, bench: Bench, answers: Answers) -> list[Task]:
 def _plan(options: MtBench, tasks: Sequence[Task]) -> str:
     """What would be asked: calls, tokens and their price, every reply at its limit."""
     calls = len(tasks) * options.repeats
+    cheating = f", and {num_canaries(len(tasks) // 2)} canaries" if options.canaries else ""
     chars = sum(len(message.content) for task in tasks for message in task.shown.messages)
     read, written = chars // CHARS_PER_TOKEN * options.repeats, calls * JUDGE_TOKENS
     cost = options.spending().usd(options.judge_model, read, written)
     price = "no price given (--usd-per-million)" if cost is None else f"at most about ${cost:,.2f}"
     held = options.out / "calls.sqlite"
     return (
-        f"{calls:,} judgments by {options.judge_model}: about {read / 1e6:,.2f}M tokens read, at "
-        f"most {written / 1e6:,.2f}M written, {price}"
+        f"{calls:,} judgments by {options.judge_model}{cheating}: about {read / 1e6:,.2f}M tokens "
+        f"read, at most {written / 1e6:,.2f}M written, {price}"
         + (f"; what {held} holds is not asked again" if held.exists() else "")
     )
 
@@ -107,23 +116,24 @@ def _judge(
     options: MtBench, tasks: Sequence[Task], ask: Callable[[Responder, Sequence[Task]], list[R]]
 ) -> list[R]:
     """Ask all that the ledger does not hold."""
-    assert options.judge_url is not None, "checked"
     sys.stderr.write(_plan(options, tasks) + "\n")
-    with (
-        open_server(
-            options.judge_url,
-            options.judge_model,
-            options.out / "calls.sqlite",
-            api_key_env=options.judge_key_env,
-            concurrency=options.concurrency,
-            timeout_seconds=options.timeout_seconds,
-            spending=options.spending(),
-        ) as server,
-        _watched(server, len(tasks) * options.repeats),
-    ):
+    with _server(options) as server, _watched(server, len(tasks) * options.repeats):
         rows = ask(server, tasks)
     logger.info("judge: %s", server.stats)
     return dated(rows, _judgments_path(options, options.judge_model))
+
+
+def _server(options: MtBench) -> Recorded:
+    assert options.judge_url is not None, "checked"
+    return open_server(
+        options.judge_url,
+        options.judge_model,
+        options.out / "calls.sqlite",
+        api_key_env=options.judge_key_env,
+        concurrency=options.concurrency,
+        timeout_seconds=options.timeout_seconds,
+        spending=options.spending(),
+    )
 
 
 def _keep(options: MtBench, rows: Sequence[R]) -> None:
@@ -178,8 +188,16 @@ def _single(options: MtBench, bench: Bench, answers: Answers, num_duplicates: in
     if own := answers.get(rows[0].model):
         scores["length"] = figures.length_figures(list(own.values()), options.seed)
         lines += figures.length_lines(scores["length"])
+    scores["canaries"] = None
+    if options.canaries:
+        known = [row.score for row in graded if row.score is not None]
+        with _server(options) as server:
+            scores["canaries"] = ask_canaries(
+                server, bench, own or {}, options.judge_model, known, options.seed
+            )
     scores["stamp"] = _stamp(options, bench, rows, rows[0].model)
-    return _write(options, scores, lines, [*_failures(reasons), *_noise(scores["repeats"])])
+    notes = [*_failures(reasons), *_noise(scores["repeats"]), _fared(scores["canaries"])]
+    return _write(options, scores, lines, notes)
 
 
 def _pairwise(options: MtBench, bench: Bench, answers: Answers, num_duplicates: int) -> str:
@@ -210,8 +228,6 @@ def _pairwise(options: MtBench, bench: Bench, answers: Answers, num_duplicates: 
 
 
 def _write(options: MtBench, scores: Figures, lines: Sequence[Line], notes: Sequence[str]) -> str:
-    # The published protocol asks nothing else, so no canary is among its calls.
-    scores["canaries"] = None
     title = f"MT-Bench, {scores['stamp']['model']}"
     notes = [*notes, _stamp_sentence(scores["stamp"])]
     write_results(options.out, scores, title, lines, notes)
@@ -253,6 +269,16 @@ def _stamp_sentence(stamped: dict[str, Any]) -> str:
 
 def _failures(reasons: Sequence[str]) -> list[str]:
     return [f"{len(reasons)} without a score; the first: {reasons[0]}."] if reasons else []
+
+
+def _fared(canaries: Figures | None) -> str:
+    if canaries is None:
+        # The published protocol has 160 calls, and who is to repeat it makes no others.
+        return "No canaries were asked about (--canaries does); whether cheating wins is not known."
+    return (
+        f"Canaries: {canaries['won']:g} of {canaries['asked']} cheating answers got the mean "
+        f"score or more, {canaries['unread']} could not be read."
+    )
 
 
 def _noise(repeats: Figures | None) -> list[str]:

@@ -13,12 +13,17 @@ from starling.bench.answers import Answer
 from starling.bench.asking import refuse_failures
 from starling.bench.mt_bench.answers import Answers, as_fastchat
 from starling.bench.mt_bench.count import pair_reasons
-from starling.bench.mt_bench.judge import ask_pairs, ask_ratings, pair_tasks, rating_tasks
+from starling.bench.mt_bench.judge import (
+    ask_canaries,
+    ask_pairs,
+    ask_ratings,
+    pair_tasks,
+    rating_tasks,
+)
+from starling.bench.scores import Judged
 from starling.data.fastchat import FAILED, Bench, PairJudgment, SingleJudgment, write_rows
 from starling.judging.judge import Rating
 from starling.models.interfaces import Responder
-
-Rated = dict[tuple[str, str, int], Rating]
 
 
 def by_policy(bench: Bench, answers: Sequence[Answer], names: Sequence[str]) -> Answers:
@@ -37,14 +42,27 @@ class Asked(NamedTuple):
     responder: Responder
     judge: str
     allowed: float
+    seed: int
 
 
-def rate(asked: Asked) -> tuple[Rated, list[SingleJudgment]]:
+def judge_as_published(asked: Asked, out: Path) -> Judged:
+    """Ratings, win rate of the second policy and canaries; FastChat's files go to `out`."""
+    rated, ratings = rate(asked)
+    wins, rows, pairs = compare(asked)
+    write_files(out, asked, ratings, pairs)
+    *_, policy = asked.answers
+    scores = [rating.score for rating in rated.values()]
+    bench, answers, responder, judge, _, seed = asked
+    canaries = ask_canaries(responder, bench, answers[policy], judge, scores, seed)
+    return Judged(rated, wins, rows, {"ratings": canaries})
+
+
+def rate(asked: Asked) -> tuple[dict[tuple[str, str, int], Rating], list[SingleJudgment]]:
     """The ratings by (policy, question, turn), and all judgments.
 
     Raises DataError when more than the allowed share of them failed.
     """
-    bench, answers, responder, judge, allowed = asked
+    bench, answers, responder, judge, allowed, _ = asked
     judgments = [
         row
         for name, own in answers.items()
@@ -66,13 +84,13 @@ def rate(asked: Asked) -> tuple[Rated, list[SingleJudgment]]:
 
 
 def compare(
-    asked: Asked, seed: int
+    asked: Asked,
 ) -> tuple[dict[str, Any], list[dict[str, Any]], list[PairJudgment]]:
     """The win rate of the second policy over the first, a row each turn, and all judgments.
 
     Both orders are asked; where they disagree it is a tie, half a win.  Raises like `rate`.
     """
-    bench, answers, responder, judge, allowed = asked
+    bench, answers, responder, judge, allowed, seed = asked
     baseline, policy = answers
     judgments = ask_pairs(responder, pair_tasks(bench, answers, None), judge, strict=True)
     reasons = pair_reasons(judgments)
