@@ -15,8 +15,8 @@ from starling.demo.world import VOICES, Sizes, normalised, say, write_world
 from starling.judging.instructions import InstructedPrompt, share_followed
 from starling.judging.rubric import Checks, Grade, grade
 
-SMALL = Sizes(bench=32, validation=32, prompts=64, ppo=64, sft=320, instructions=32)
-FILES = ("bench", "validation", "prompts", "ppo", "sft", "instructions")
+SMALL = Sizes(bench=32, validation=32, prompts=64, ppo=64, sft=320, instructions=32, checks=32)
+FILES = ("bench", "validation", "prompts", "ppo", "sft", "instructions", "checks")
 NAMES = list(TASKS)
 
 
@@ -42,7 +42,7 @@ def test_the_same_seed_writes_the_same_bytes_and_another_does_not(world: Path, t
 
 def test_a_file_keeps_its_bytes_when_a_later_one_grows(world: Path, tmp_path: Path):
     write_world(tmp_path, seed=0, sizes=Sizes(32, 32, 64, 64, sft=640))
-    for name in FILES[:-2]:
+    for name in FILES[:-3]:
         assert (tmp_path / f"{name}.jsonl").read_bytes() == (world / f"{name}.jsonl").read_bytes()
 
 
@@ -75,7 +75,8 @@ def test_more_rows_than_there_are_different_prompts_are_refused(monkeypatch: pyt
 
 
 def test_every_row_is_a_valid_record_with_its_category_equally_often(world: Path):
-    kinds = {"bench": Question, "sft": Conversation, "instructions": InstructedPrompt}
+    instructed = dict.fromkeys(("instructions", "checks"), InstructedPrompt)
+    kinds = {"bench": Question, "sft": Conversation, **instructed}
     for name in FILES:
         records = rows(world, name)
         for row in records:

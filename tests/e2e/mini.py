@@ -44,10 +44,10 @@ ppo:
   reward_scale: running
   select_every: 1
   checkpoint_every: 1
-bench: {questions: data/bench.jsonl, max_tokens: 12, best_of: 2}
+bench: {questions: data/bench.jsonl, checks: data/checks.jsonl, max_tokens: 12, best_of: 2}
 """
 
-SIZES = Sizes(sft=64, prompts=32, ppo=16, validation=8, bench=8, instructions=6)
+SIZES = Sizes(sft=64, prompts=32, ppo=16, validation=8, bench=8, instructions=6, checks=4)
 
 
 def write_recipe(folder: Path, text: str = RECIPE) -> Path:

@@ -1,6 +1,6 @@
 """Write the small offline world: sft conversations of mixed quality, prompts with checks, a bench.
 
-The sixth file has prompts with instructions about form instead of checks: an answer can keep to
+The last two have prompts with instructions about form instead of checks: an answer can keep to
 them or not, and none of them says what is right.  The policy never reads them.
 
 Every file is a function of the seed and of its own size, and no two files share a user's text.
@@ -39,6 +39,7 @@ class Sizes:
     ppo: int = 1280
     sft: int = 6400
     instructions: int = 96
+    checks: int = 96
 
 
 def say(turn: Turn, category: str, random: Random) -> str:
@@ -49,7 +50,7 @@ def say(turn: Turn, category: str, random: Random) -> str:
 
 
 def write_world(out: Path, *, seed: int, sizes: Sizes = Sizes()) -> None:
-    """Write bench, validation, prompts, ppo, sft and instructions `.jsonl` into `out`.
+    """Write bench, validation, prompts, ppo, sft, instructions and checks `.jsonl` into `out`.
 
     The same seed gives the same bytes, and a file does not change when a later one in this order
     gets another size.
@@ -62,6 +63,7 @@ def write_world(out: Path, *, seed: int, sizes: Sizes = Sizes()) -> None:
         ("ppo", prompt, sizes.ppo),
         ("sft", conversation, sizes.sft),
         ("instructions", instructed, sizes.instructions),
+        ("checks", instructed, sizes.checks),
     ):
         random = Random(f"{seed}/{split}")
         tasks = unseen_tasks(count, random, seen)
