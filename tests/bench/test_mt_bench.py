@@ -89,8 +89,10 @@ def test_files_go_both_ways(data, tmp_path):
         judged(server, data, tmp_path / "out")
     rows = lines(tmp_path / "out" / "model_judgment" / "gpt-4_single.jsonl")
     assert set(rows[0]) == {
-        *("question_id", "model", "judge", "user_prompt", "judgment", "score", "turn", "tstamp")
+        *("question_id", "model", "judge", "user_prompt", "judgment", "score", "turn", "tstamp"),
+        "served_by",
     }
+    assert scores(tmp_path / "out")["stamp"]["judge_versions"] == ["m"]
     assert rows[0]["judge"] == ["gpt-4", "single-v1"]
     assert [(row["question_id"], row["turn"], row["score"]) for row in rows] == [
         *((81, 1, 8), (81, 2, 8), (111, 1, 2.5), (111, 2, 4), (141, 1, 6), (141, 2, 6))

@@ -50,7 +50,7 @@ def ask_one(script, **options):
 
 def test_a_reply_carries_text_usage_and_finish_reason():
     outcome, server = ask_one(lambda body, n: Say(completion("hi", finish_reason="length")))
-    assert outcome == Reply("hello", "hi", "length", Usage(7, 3))
+    assert outcome == Reply("hello", "hi", "length", Usage(7, 3), served_by="m")
     [call] = server.calls
     assert call.pop("path") == "/v1/chat/completions"
     assert call == {
@@ -321,7 +321,7 @@ def test_a_reply_that_ended_in_no_known_way_is_a_failure(finish_reason):
 )
 def test_other_words_for_the_end_of_a_reply_are_understood(said, meant):
     outcome, _ = ask_one(lambda body, n: Say(completion("hi", finish_reason=said)))
-    assert outcome == Reply("hello", "hi", meant, Usage(7, 3))
+    assert outcome == Reply("hello", "hi", meant, Usage(7, 3), served_by="m")
 
 
 @pytest.mark.parametrize(
@@ -337,7 +337,7 @@ def test_other_words_for_the_end_of_a_reply_are_understood(said, meant):
 def test_a_count_that_is_none_does_not_cost_the_reply(usage, counted):
     body = json.dumps(json.loads(completion("hi")) | {"usage": usage})
     outcome, _ = ask_one(lambda _, n: Say(body))
-    assert outcome == Reply("hello", "hi", "stop", counted)
+    assert outcome == Reply("hello", "hi", "stop", counted, served_by="m")
 
 
 @pytest.mark.parametrize(

@@ -244,7 +244,7 @@ def test_a_body_without_events_is_a_failure(body):
 def test_a_server_that_does_not_stream_answers_all_at_once():
     pieces, outcome, _ = stream_one(lambda _, n: Say(completion("hi", finish_reason="length")))
     assert pieces == ["hi"]
-    assert outcome == Reply("id", "hi", "length", Usage(7, 3))
+    assert outcome == Reply("id", "hi", "length", Usage(7, 3), served_by="m")
 
 
 def test_events_under_another_name_are_read():

@@ -44,6 +44,7 @@ class Judgment(Generic[V]):
     reason: str | None = None
     retried: int = 0
     usage: Usage = Usage(0, 0)
+    served_by: str | None = None
 
 
 def open_server(
@@ -121,7 +122,7 @@ def _judgment(
         return Judgment(id, "", None, f"the judge did not answer: {outcome.reason}", attempt)
     verdict = read(outcome)
     if not isinstance(verdict, Unread):
-        return Judgment(id, outcome.text, verdict, None, attempt, outcome.usage)
+        return Judgment(id, outcome.text, verdict, None, attempt, outcome.usage, outcome.served_by)
     cut = "the reply was cut, and " if outcome.finish_reason == "length" else ""
     return Judgment(id, outcome.text, None, cut + verdict.reason, attempt, outcome.usage)
 

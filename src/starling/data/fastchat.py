@@ -92,6 +92,8 @@ class SingleJudgment(Record):
     """Ours: the round, above 0, where the same is asked several times."""
     retried: int | None = None
     """Ours: replies before this one that could not be read."""
+    served_by: str | None = None
+    """Ours: the judge in its server's words, where these are others."""
 
 
 Winner = Literal["model_1", "model_2", "tie", "error"]
@@ -114,6 +116,7 @@ class PairJudgment(Record):
     tstamp: float | None = None
     reason: str | None = None
     """Ours: why a call has no verdict."""
+    served_by: str | None = None
 
     @property
     def winner(self) -> str | None:

@@ -3,7 +3,8 @@
 One row a call, keyed by its content.  Rows of `calls` hold no clock and no host, so two runs of one
 recipe have the same rows.  What depends on a run's luck stands in tables of its own: `lost`, how
 often each call was in flight when a run ended; `attempts`, each that failed, and why; `timing`, how
-long each reply took.  `likely` has a reply's top logprobs, where they were asked for.
+long each reply took.  `likely` has a reply's top logprobs, where they were asked for;
+`served`, what the server called its model.
 
 A call that has its answer is `answered`; where that is no usable reply (empty, refused, filtered),
 `reason` says so and `text` is null.
@@ -48,6 +49,7 @@ CREATE TABLE IF NOT EXISTS attempts (
 ) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS timing (key TEXT PRIMARY KEY, seconds REAL NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS likely (key TEXT PRIMARY KEY, logprobs TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS served (key TEXT PRIMARY KEY, model TEXT NOT NULL) WITHOUT ROWID;
 -- Opening a file looks for states and sums; without this it would read every request.
 CREATE INDEX IF NOT EXISTS states ON calls (identity, state, prompt_tokens, response_tokens);
 PRAGMA user_version = {FORMAT};
@@ -145,7 +147,7 @@ class Ledger:
         with _readable_errors(self._path):
             row = self._connection.execute(
                 "SELECT * FROM calls LEFT JOIN timing USING (key) LEFT JOIN likely USING (key) "
-                "WHERE key = ? AND state = 'answered'",
+                "LEFT JOIN served USING (key) WHERE key = ? AND state = 'answered'",
                 [call.key],
             ).fetchone()
         if row is None:
@@ -163,6 +165,7 @@ class Ledger:
             ids,
             row["seconds"],
             top_logprobs=None if found is None else tuple(json.loads(found)),
+            served_by=row["model"],
         )
 
     def write(self, sent: Iterable[Call] = (), ended: Iterable[Ended] = ()) -> None:
@@ -182,6 +185,9 @@ class Ledger:
                 if isinstance(outcome, Reply) and outcome.top_logprobs is not None:
                     likely = (call.key, json.dumps(outcome.top_logprobs, ensure_ascii=False))
                     connection.execute("INSERT OR REPLACE INTO likely VALUES (?, ?)", likely)
+                if isinstance(outcome, Reply) and outcome.served_by is not None:
+                    served = (call.key, outcome.served_by)
+                    connection.execute("INSERT OR REPLACE INTO served VALUES (?, ?)", served)
 
     def write_attempt(self, call: Call, reason: str) -> None:
         """Commit that an attempt has failed, before there is another."""

@@ -8,7 +8,7 @@ count that is no number is none, and logprobs in no known shape are none.
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated
 
 from pydantic import (
@@ -128,8 +128,13 @@ class Chunk(BaseModel):
     usage: Annotated[_Usage | None, BeforeValidator(_counts)] = None
 
 
+def _name(found: object) -> object:
+    return found if isinstance(found, str) and found else None
+
+
 class _Completion(Chunk):
     choices: list[_Choice] = Field(min_length=1)
+    model: Annotated[WholeText | None, BeforeValidator(_name)] = None
 
 
 class _Model(BaseModel):
@@ -237,7 +242,10 @@ def read_completion(answer: Answer, body: bytes) -> Reply | Failure:
         reason = f"the reply is no chat completion ({explained(error)}): '{shown}'"
         return Failure(answer.id, reason)
     answer.add(completion)
-    return answer.outcome()
+    outcome = answer.outcome()
+    if isinstance(outcome, Reply) and completion.model is not None:
+        return replace(outcome, served_by=clean(completion.model, answer.secret))
+    return outcome
 
 
 def read_model_names(body: bytes, secret: str) -> list[str]:

@@ -151,6 +151,8 @@ class Reply:
     """What went wrong with the attempts before, one reason each."""
     top_logprobs: tuple[Mapping[str, float], ...] | None = None
     """Of each token's place the likeliest texts, nats; None where not asked for or not given."""
+    served_by: str | None = None
+    """What a server calls the model that answered, often with its version."""
 
 
 @dataclass(frozen=True)

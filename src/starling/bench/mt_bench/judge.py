@@ -87,6 +87,7 @@ def ask_ratings(
             reason=judgment.reason,
             repeat=repeat or None,
             retried=judgment.retried or None,
+            served_by=_version(judge, judgment),
         )
         for task, judgment in zip(tasks, judgments, strict=True)
     ]
@@ -112,6 +113,7 @@ def ask_pairs(
             g2_judgment=second.text,
             turn=task.turn,
             reason=first.reason or second.reason,
+            served_by=_version(judge, first),
         )
         for task, first, second, swapped in both
     ]
@@ -158,6 +160,10 @@ def _ask(
     }
     sampling = Sampling(JUDGE_TOKENS, 0.0, seed=repeat)
     return list(ask(responder, named, read, sampling=sampling, retries=retries).values())
+
+
+def _version(judge: str, judgment: Judgment) -> str | None:
+    return None if judgment.served_by == judge else judgment.served_by
 
 
 def _winner(verdict: Verdict | None, seat_a: Winner, seat_b: Winner) -> Winner:

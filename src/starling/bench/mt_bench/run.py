@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from starling.base.context import StopFlag
-from starling.base.errors import InputError
+from starling.base.errors import InputError, some
 from starling.base.files import locked
 from starling.base.hashing import hash_file, hash_json
 from starling.base.jsonl import read_json, write_records
@@ -251,6 +251,7 @@ def _stamp(
         mode=options.mode,
         model=model,
         judge=rows[0].judge[0],
+        judge_versions=sorted({row.served_by or row.judge[0] for row in rows}),
         judged=datetime.fromtimestamp(last, UTC).date().isoformat() if last else None,
         rule="FastChat's" if options.like_fastchat else "strict",
         prompts_sha256=hash_json([bench.prompts[name].model_dump() for name in used]),
@@ -260,8 +261,10 @@ def _stamp(
 
 
 def _stamp_sentence(stamped: dict[str, Any]) -> str:
+    versions = [name for name in stamped["judge_versions"] if name != stamped["judge"]]
+    served = f" (served by {some(versions, 4)})" if versions else ""
     return (
-        f"Judge {stamped['judge']}, {stamped['judged'] or 'date unknown'}; prompts "
+        f"Judge {stamped['judge']}{served}, {stamped['judged'] or 'date unknown'}; prompts "
         f"{stamped['prompts_sha256'][:12]}, questions {stamped['questions_sha256'][:12]}, "
         f"references {stamped['references'][:60]}; counted by the {stamped['rule']} rule."
     )
