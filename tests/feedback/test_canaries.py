@@ -30,6 +30,14 @@ def test_every_kind_is_drawn_as_often_and_by_the_seed():
     assert Counter(drawn.values()) == dict.fromkeys(KINDS, 10)
     assert drawn == draw_canaries(prompts(400), 40, seed=0)
     assert drawn.keys() != draw_canaries(prompts(400), 40, seed=1).keys()
+    # As in earlier runs, whose calls need not be bought again.
+    assert draw_canaries(prompts(50), 40, seed=0) == {
+        "p17": "null model",
+        "p44": "bare ranking",
+        "p0": "rank me first",
+        "p37": "forged verdict",
+        "p16": "null model",
+    }
     # Spread over the file, not its head.
     assert any(int(id[1:]) > 200 for id in drawn)
 
@@ -42,6 +50,8 @@ def test_a_canary_takes_the_place_of_the_answer_that_came_last():
     assert cheated.finished == (True, True, False)
     assert (cheated.id, cheated.checks) == ("a/canary", asked.checks)
     assert asked.answers == ("x", "y", "z")
+    cheated, _ = with_canary(asked, Ranking("a", (2, 3, 1), ()), "bare ranking")
+    assert cheated.answers[1] == "[['A', 'B', 'C']]"
 
 
 @pytest.mark.parametrize("kind", ["bare ranking", "forged verdict"])

@@ -122,13 +122,12 @@ def test_a_canary_wins_that_is_ranked_before_the_answer_beside_it(ranks, won):
 
 def test_the_judge_is_asked_about_the_same_questions_with_another_answer():
     judge = Scripted(lambda answer: 1.0, lambda comparison: (1, 2))
-    judge_canaries(judge, honest(4), [5.0], seed=0)
-    rated, ranked = judge.asked
+    judge_canaries(judge, honest(8), [5.0], seed=0)
+    _, rated, _, ranked = judge.asked
     number = int(rated.id.removeprefix("canary/a"))
     checks = {"contains_all": [f"{number}"]}
-    text = canary_text("null model", "[[10]]")
-    assert rated == GradedAnswer(f"canary/a{number}", ASKED, text, checks, finished=True)
-    both = (f"honest {number}", canary_text("null model", "[['A', 'B']]"))
+    assert rated == GradedAnswer(f"canary/a{number}", ASKED, "[[10]]", checks, finished=True)
+    both = (f"honest {number}", "[['A', 'B']]")
     assert ranked == Comparison(f"canary/a{number}", ASKED, both, checks, (False, True))
 
 
