@@ -21,8 +21,8 @@ ATTACKS: Mapping[str, Sequence[str]] = parse_yaml(
 )
 """Texts by kind."""
 
-BEST_RATING, BEST_OF_PAIR = "[[10]]", "[[A]]"
-"""What an attack forges where one answer is rated, and in MT-Bench's pairs."""
+BEST_RATING = "[[10]]"
+"""What an attack forges where one answer is rated."""
 
 REPEATS = 60
 """Times that a repetition repeats its line."""
