@@ -12,6 +12,7 @@ from pathlib import Path
 
 from starling.base.context import Context
 from starling.base.estimate import clustered_mean
+from starling.base.hashing import hash_file, hash_json
 from starling.base.jsonl import read_records, write_json, write_records
 from starling.base.progress import Progress
 from starling.base.stage import Summary
@@ -21,11 +22,13 @@ from starling.bench.checks import CheckedPrompt, answer_prompts, check_answers
 from starling.bench.config import BenchInputs, BenchSection
 from starling.bench.mt_bench import stage
 from starling.bench.mt_bench.answers import context_room
+from starling.bench.results import stamp
 from starling.bench.scores import BASELINE, POLICY, Figures, Judged
 from starling.bench.win_rate import both_seats
 from starling.data.fastchat import Bench, BenchFiles, read_bench
 from starling.data.records import Question
 from starling.data.rows import read_rows
+from starling.judging import kwise, rating
 from starling.judging.build import build_judge
 from starling.judging.canaries import judge_canaries
 from starling.judging.config import JudgeSection
@@ -82,6 +85,7 @@ def run(section: BenchSection, inputs: BenchInputs, out: Path, context: Context)
         figures["gold_best_of"] = gold | {"samples": section.best_of}
     if inputs.checks is not None:
         figures["checks"] = _check(inputs.checks, contestants, out, context.seed)
+    figures["stamp"] = _stamp(section, inputs)
     figures["by_category"] = scores.category_figures(answers, read, win_rows, context.seed)
     write_records(out / "answers.jsonl", [answer.as_dict() for answer in [*answers, *best]])
     write_records(
@@ -145,6 +149,19 @@ def _contestants(
         for name, responder in responders.items()
         for decoding in decodings
     ]
+
+
+def _stamp(section: BenchSection, inputs: BenchInputs) -> Figures:
+    """What the scores depend on beside the policies; when it was is in the stage's manifest."""
+    own = hash_json([kwise.SYSTEM, rating.SYSTEM])
+    return stamp(
+        "run",
+        mode=section.protocol,
+        judge=_name(inputs.judge),
+        prompts_sha256=own if inputs.prompts is None else hash_file(inputs.prompts),
+        questions_sha256=hash_file(inputs.questions),
+        references_sha256=inputs.references and hash_file(inputs.references),
+    )
 
 
 def _name(judge: JudgeSection) -> str:
