@@ -196,13 +196,17 @@ def test_two_files_and_a_judge_make_a_win_rate(files, tmp_path):
         table, scores = measure(files, server, tmp_path / "out")
         # Three pairs differ, in two seats each; the equal one needs no judge.
         assert len(server.calls) == 6
-    assert scores["win_rate"] == pytest.approx((1 + 1 + 0.5 + 0) / 4)
-    assert scores["discrete_win_rate"] == scores["win_rate"]
-    assert (scores["n"], scores["failed"]) == (4, 0)
-    assert (scores["wins"], scores["ties"], scores["losses"]) == (2, 1, 1)
-    assert (scores["inconsistent"], scores["first_seat"]) == (0.0, 0.5)
+    assert scores["win_rate"]["mean"] == pytest.approx((1 + 1 + 0.5 + 0) / 4)
+    assert scores["win_rate"]["discrete"]["mean"] == scores["win_rate"]["mean"]
+    assert (scores["win_rate"]["n"], scores["win_rate"]["num_failed"]) == (4, 0)
+    assert (
+        scores["win_rate"]["wins"],
+        scores["win_rate"]["ties"],
+        scores["win_rate"]["losses"],
+    ) == (2, 1, 1)
+    assert (scores["win_rate"]["inconsistent"], scores["win_rate"]["first_seat"]) == (0.0, 0.5)
     # The standard deviation of 1, 1, 0.5, 0 is sqrt(0.6875 / 3).
-    assert scores["standard_error"] == pytest.approx(math.sqrt(0.6875 / 3) / 2)
+    assert scores["win_rate"]["standard_error"] == pytest.approx(math.sqrt(0.6875 / 3) / 2)
     assert scores["length"]["model"]["mean"] == pytest.approx((8 + 6 + 2 + 3) / 4)
     assert scores["length"]["baseline"]["mean"] == pytest.approx((3 + 1 + 2 + 8) / 4)
     assert scores["length"]["change"]["mean"] == pytest.approx(5 / 4)
@@ -236,8 +240,8 @@ def test_a_weighted_win_rate_is_the_mean_probability(files, tmp_path, seed):
         assert {(c["max_tokens"], c["logprobs"], c["top_logprobs"]) for c in server.calls} == {
             (1, True, 5)
         }
-    assert scores["win_rate"] == pytest.approx((0.75 + 0.75 + 0.5 + 0.25) / 4)
-    assert scores["discrete_win_rate"] == pytest.approx((1 + 1 + 0.5 + 0) / 4)
+    assert scores["win_rate"]["mean"] == pytest.approx((0.75 + 0.75 + 0.5 + 0.25) / 4)
+    assert scores["win_rate"]["discrete"]["mean"] == pytest.approx((1 + 1 + 0.5 + 0) / 4)
     assert scores["stamp"]["mode"] == "weighted"
     assert "weighted" in table
 
@@ -297,7 +301,7 @@ def test_probabilities_are_of_the_two_names_alone(files, tmp_path, tokens, win):
         _, scores = measure(files, server, tmp_path / "out", weighted=True)
         is_model = shown(server.calls[0])[win] == "good cat"
     share = 1.0 if win == "m" else 0.3 / 0.4
-    assert scores["win_rate"] == pytest.approx(share if is_model else 1 - share)
+    assert scores["win_rate"]["mean"] == pytest.approx(share if is_model else 1 - share)
 
 
 def test_failed_comparisons_are_reported_and_left_out(files, tmp_path):
@@ -313,8 +317,8 @@ def test_failed_comparisons_are_reported_and_left_out(files, tmp_path):
             measure(files, server, tmp_path / "out")
         assert not (tmp_path / "out" / "scores.json").exists()
         table, scores = measure(files, server, tmp_path / "out", allowed_failures=0.25)
-    assert (scores["n"], scores["failed"]) == (3, 1)
-    assert scores["win_rate"] == pytest.approx((1 + 0.5 + 0) / 3)
+    assert (scores["win_rate"]["n"], scores["win_rate"]["num_failed"]) == (3, 1)
+    assert scores["win_rate"]["mean"] == pytest.approx((1 + 0.5 + 0) / 3)
     assert "1 without a verdict; the first: 1 of 2 votes could not be read" in table
     rows = json.loads((tmp_path / "out" / "annotations.json").read_text())
     assert rows[0]["preference"] is None
@@ -358,11 +362,11 @@ def test_length_is_controlled_for_and_said_to_be(tmp_path):
 
     with FakeServer(prefers_long) as server:
         table, scores = measure((new, old), server, tmp_path / "out", length_controlled=True)
-    assert scores["win_rate"] == pytest.approx(2 / 3)
+    assert scores["win_rate"]["mean"] == pytest.approx(2 / 3)
     # Parted by length completely: nothing is left for the model but the sign at zero length.
-    assert abs(scores["length_controlled_win_rate"] - 0.5) < 1 / 6
-    assert scores["length_effect"] > 2
-    assert scores["estimates"]["length_controlled_win_rate"]["n"] == 60
+    assert abs(scores["length_controlled"]["mean"] - 0.5) < 1 / 6
+    assert scores["length_controlled"]["effects"]["length"] > 2
+    assert scores["length_controlled"]["n"] == 60
     assert "not AlpacaEval's leaderboard number" in table
     with_difficulty = write(
         old,
@@ -374,7 +378,7 @@ def test_length_is_controlled_for_and_said_to_be(tmp_path):
     with FakeServer(prefers_long) as server:
         files = (new, with_difficulty)
         _, scores = measure(files, server, tmp_path / "out2", length_controlled=True)
-    assert scores["difficulty_effect"] is not None
+    assert scores["length_controlled"]["effects"]["difficulty"] is not None
 
 
 def test_a_model_in_this_process_weighs_both_seats(files, tmp_path, policy_folder):
@@ -384,9 +388,11 @@ def test_a_model_in_this_process_weighs_both_seats(files, tmp_path, policy_folde
         run_win_rate(WinRate(*pair, section, weighted=True), tmp_path / name, CONTEXT)
         rates[name] = json.loads((tmp_path / name / "scores.json").read_text())
     # Both seats are seen, so who is called the baseline makes no difference.
-    assert rates["there"]["win_rate"] == pytest.approx(1 - rates["back"]["win_rate"], abs=1e-3)
+    assert rates["there"]["win_rate"]["mean"] == pytest.approx(
+        1 - rates["back"]["win_rate"]["mean"], abs=1e-3
+    )
     assert rates["there"]["stamp"]["judge"] == "logits"
-    assert rates["there"]["estimates"]["win_rate"]["n"] == 4
+    assert rates["there"]["win_rate"]["n"] == 4
 
 
 def cut_short(new, old):
@@ -444,4 +450,4 @@ def test_blank_lines_and_unknown_columns_are_passed_over(files, tmp_path):
     new.write_text("\ufeff \n" + json.dumps([r | {"x": 1} for r in json.loads(new.read_text())]))
     with FakeServer(prefers_good) as server:
         _, scores = measure(files, server, tmp_path / "out")
-    assert scores["n"] == 4
+    assert scores["win_rate"]["n"] == 4
