@@ -34,7 +34,7 @@ COLUMNS = ("left", "right", "model_a", "model_b", "winner")
 MOST_CELL_CHARS = 1 << 24
 """Files with the conversations in them have cells beyond what the csv module allows by itself."""
 
-Model = Annotated[Id, StringConstraints(strip_whitespace=True, min_length=1)]
+Model = Annotated[Id, StringConstraints(strip_whitespace=True, pattern=r"\S")]
 
 
 class Vote(Record):
