@@ -155,6 +155,10 @@ def test_the_same_payloads_bite_on_a_page_without_defence(
     async def look() -> tuple[str, set[str]]:
         async with new_tab() as tab:
             await opened(tab, path)
+            for _ in range(100):  # a frame is loaded when its process is there
+                if "/frame" in asked:
+                    break
+                await asyncio.sleep(0.1)
             return await tab.run("typeof window.owned"), addresses(tab)
 
     owned, fetched = asyncio.run(look())

@@ -89,7 +89,7 @@ def test_the_headline_has_every_count_beside_the_score(two: list[Path]) -> None:
     # 9 + 7 + 4 + 10 + 10 over five, and one that failed.
     assert alpha[:3] == ["Aalpha", "8.00|7.50 to 8.25, 1 failed", "8.25|7.75 to 8.50"]
     assert alpha[4:8] == ["1,425 characters|227 words", "5", "1", "3"]
-    assert alpha[8].startswith("gpt-4|mt-bench, single, judged 2026-02-03")
+    assert alpha[8].startswith("gpt-4|mt-bench, single,|judged 2026-02-03")
     assert beta[0] == "Bbeta"
     assert beta[1] == "6.75|6.25 to 7.00"
     assert "win rate" not in headings
@@ -118,7 +118,7 @@ def test_scores_that_rest_on_something_else_are_not_shown_without_a_warning(
     assert found is not None
     assert "(alpha)" in found[1]
     assert "(beta)" in found[1]
-    assert value[:30] in found[1]
+    assert value[:12] in found[1]
     assert page.text.count("(alpha)") == 1
 
 
