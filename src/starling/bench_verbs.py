@@ -59,6 +59,8 @@ class JudgedBy:
     """Calls in flight."""
     timeout_seconds: float = 100.0
     """One call's time limit."""
+    allowed_failures: float = 0.05
+    """Share of judgments that may fail before there is no score."""
 
     def section(self) -> JudgeSection:
         """The same as a recipe has it; InputError for what a recipe would refuse."""
@@ -93,9 +95,9 @@ def win_rate(
     judge: Annotated[JudgedBy, tyro.conf.arg(name="")] = NOBODY,
     weighted: bool = False,
     length_controlled: bool = False,
-    allowed_failures: float = 0.05,
     out: Path = Path("runs/win-rate"),
     seed: int = 0,
+    plan: bool = False,
 ) -> None:
     """Ask a judge whose outputs it prefers, a model's or a baseline's, in both seats.
 
@@ -106,15 +108,14 @@ def win_rate(
         judge: Who judges.
         weighted: Read the judge's probabilities, as AlpacaEval 2 does, one call a pair.
         length_controlled: Also estimate, by a model, what is left at equal lengths.
-        allowed_failures: Share of comparisons that may fail before there is no score.
         out: Folder for annotations, scores.json and results.md.
         seed: Of seats and of the intervals.
+        plan: Only say which calls would be made.
     """
     from starling.bench.alpaca_eval import WinRate, run_win_rate
 
-    asked = WinRate(
-        answers, baseline, judge.section(), weighted, length_controlled, allowed_failures
-    )
+    failures = judge.allowed_failures
+    asked = WinRate(answers, baseline, judge.section(), weighted, length_controlled, failures, plan)
     print(run_win_rate(asked, out, _context(seed, judge.judge_kind)))
 
 

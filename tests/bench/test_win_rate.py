@@ -194,8 +194,9 @@ def measure(files, server, out, context=CONTEXT, **options):
 def test_two_files_and_a_judge_make_a_win_rate(files, tmp_path):
     with FakeServer(prefers_good) as server:
         table, scores = measure(files, server, tmp_path / "out")
-        # Three pairs differ, in two seats each; the equal one needs no judge.
-        assert len(server.calls) == 6
+        # Three pairs differ, in two seats each; the equal one needs no judge. And a canary.
+        assert len(server.calls) == 6 + 2
+    assert (scores["canaries"]["asked"], scores["canaries"]["unread"]) == (1, 0)
     assert scores["win_rate"]["mean"] == pytest.approx((1 + 1 + 0.5 + 0) / 4)
     assert scores["win_rate"]["discrete"]["mean"] == scores["win_rate"]["mean"]
     assert (scores["win_rate"]["n"], scores["win_rate"]["num_failed"]) == (4, 0)
@@ -236,7 +237,7 @@ def test_a_weighted_win_rate_is_the_mean_probability(files, tmp_path, seed):
     with FakeServer(thinks_good) as server:
         table, scores = measure(files, server, tmp_path / "out", context, weighted=True)
         assert ("bad" in {shown(call)["m"] for call in server.calls}) == (seed == 1)
-        assert len(server.calls) == 3
+        assert len(server.calls) == 3 + 1
         assert {(c["max_tokens"], c["logprobs"], c["top_logprobs"]) for c in server.calls} == {
             (1, True, 5)
         }

@@ -26,7 +26,8 @@ PAYLOADS = (
     "<audio src='ADDRESS/audio' autoplay></audio>",
     f'<a href="javascript:{RUN}">a link</a>',
     "<a href='ADDRESS/ping' ping='ADDRESS/ping'>a link</a>",
-    f'<iframe src="javascript:parent.owned=1"></iframe><iframe srcdoc="<script>parent.{RUN}"></iframe>',
+    '<iframe src="javascript:parent.owned=1"></iframe>'
+    f'<iframe srcdoc="<script>parent.{RUN}"></iframe>',
     "<iframe src='ADDRESS/frame'></iframe>",
     "<object data='ADDRESS/object'></object>",
     "<embed src='ADDRESS/embed'>",

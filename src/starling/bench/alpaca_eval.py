@@ -4,7 +4,8 @@ Writes scores.json, results.md, and annotations.json, which AlpacaEval's own too
 the baseline's, and `preference` is 1 plus the win.
 """
 
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -24,12 +25,22 @@ from starling.bench.length_control import control_length
 from starling.bench.results import Line, as_table, stamp, write_results
 from starling.bench.win_rate import SAME, Figures, Outcome
 from starling.data.alpaca_eval import OutputPair, match_outputs, read_outputs
+from starling.judging import kwise
 from starling.judging.build import build_judge
+from starling.judging.canaries import (
+    Canary,
+    Fared,
+    best_ranking,
+    canary_answers,
+    canary_figures,
+)
 from starling.judging.config import JudgeSection
 from starling.judging.judge import Comparison
 from starling.judging.llm_judge import LlmJudge
 from starling.judging.recorded import Recorded
 from starling.models.endpoint import connect
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -46,6 +57,8 @@ class WinRate:
     weighted: bool = False
     length_controlled: bool = False
     allowed_failures: float = 0.05
+    plan: bool = False
+    """Only say which calls would be made."""
 
 
 def run_win_rate(asked: WinRate, out: Path, context: Context) -> str:
@@ -62,7 +75,12 @@ def run_win_rate(asked: WinRate, out: Path, context: Context) -> str:
         quarantine = out / "quarantine.jsonl"
         answers = read_outputs(asked.answers, quarantine=quarantine)
         pairs = match_outputs(answers, read_outputs(asked.baseline, quarantine=quarantine))
-        outcomes = _judge(asked, pairs, out / "calls.sqlite", context)
+        canaries = canary_answers([pair.id for pair in pairs], context.seed, best_ranking(2))
+        if asked.plan:
+            return _plan(asked, pairs, len(canaries))
+        logger.info("%s", _plan(asked, pairs, len(canaries)))
+        found = _judge(asked, pairs, canaries, out / "calls.sqlite", context)
+        outcomes = [(pair, found.get(pair.id, SAME)) for pair in pairs]
         rows = [_annotation(*each, _name(asked.judge)) for each in outcomes]
         judged = _judged(out, rows)
         for stale in ("scores.json", "results.md"):
@@ -71,11 +89,29 @@ def run_win_rate(asked: WinRate, out: Path, context: Context) -> str:
         reasons = [each.reason for _, each in outcomes if each.reason is not None]
         refuse_failures("comparisons", reasons, len(pairs), asked.allowed_failures)
         scores = _scores(asked, outcomes, context.seed)
+        scores["canaries"] = canary_figures(
+            Fared(each.kind, found[f"canary/{id}"].win) for id, each in canaries.items()
+        )
         scores["stamp"] = _stamp(asked, pairs, judged)
         title = f"Win rate of {pairs[0].answer.generator} over {pairs[0].baseline.generator}"
         lines, notes = _lines(scores), _notes(scores, reasons)
         write_results(out, scores, title, lines, notes)
         return as_table(title, lines, [*notes, f"-> {out / 'scores.json'}"])
+
+
+def _plan(asked: WinRate, pairs: Sequence[OutputPair], num_canaries: int) -> str:
+    """How many calls it takes, and about how many tokens are read; most of what it costs."""
+    differ = [pair for pair in pairs if pair.baseline.output != pair.answer.output]
+    seats = 1 if asked.weighted and asked.judge.kind == "endpoint" else 2
+    chars = sum(
+        len(pair.baseline.instruction) + len(pair.baseline.output) + len(pair.answer.output)
+        for pair in differ
+    )
+    tokens = seats * (chars // 4 + len(differ) * len(kwise.SYSTEM) // 4)
+    return (
+        f"{seats * len(differ):,} calls to {_name(asked.judge)} about {len(differ):,} pairs that "
+        f"differ, and {seats * num_canaries:,} about canaries: {tokens / 1e6:,.2f}M tokens read"
+    )
 
 
 @contextmanager
@@ -90,13 +126,25 @@ def _advised(asked: WinRate) -> Iterator[None]:
 
 
 def _judge(
-    asked: WinRate, pairs: Sequence[OutputPair], ledger: Path, context: Context
-) -> list[tuple[OutputPair, Outcome]]:
-    """Every pair's outcome; equal outputs are not asked about."""
+    asked: WinRate,
+    pairs: Sequence[OutputPair],
+    canaries: Mapping[str, Canary],
+    ledger: Path,
+    context: Context,
+) -> dict[str, Outcome]:
+    """Outcomes by the pair's id, and of each canary against the model's answer in its place.
+
+    Equal outputs are not asked about.
+    """
     comparisons = [
         Comparison(pair.id, pair.messages, (pair.baseline.output, pair.answer.output))
         for pair in pairs
         if pair.baseline.output != pair.answer.output
+    ]
+    comparisons += [
+        Comparison(f"canary/{pair.id}", pair.messages, (pair.answer.output, canaries[pair.id].text))
+        for pair in pairs
+        if pair.id in canaries
     ]
     section, seed = asked.judge, context.seed
     if asked.weighted and section.kind == "endpoint":
@@ -105,15 +153,13 @@ def _judge(
             Recorded(server, ledger, spending=context.spending, model=section.model) as recorded,
             _watched(recorded, len(comparisons), context),
         ):
-            found = win_rate.compare_weighted(comparisons, recorded, seed)
-    else:
-        compare = win_rate.compare_logits if asked.weighted else win_rate.compare
-        section = win_rate.both_seats(section)
-        with build_judge(section, seed=seed, ledger=ledger, context=context) as judge:
-            responder = judge.responder if isinstance(judge, LlmJudge) else None
-            with _watched(responder, 2 * len(comparisons), context):
-                found = compare(comparisons, judge)
-    return [(pair, found.get(pair.id, SAME)) for pair in pairs]
+            return win_rate.compare_weighted(comparisons, recorded, seed)
+    compare = win_rate.compare_logits if asked.weighted else win_rate.compare
+    section = win_rate.both_seats(section)
+    with build_judge(section, seed=seed, ledger=ledger, context=context) as judge:
+        responder = judge.responder if isinstance(judge, LlmJudge) else None
+        with _watched(responder, 2 * len(comparisons), context):
+            return compare(comparisons, judge)
 
 
 @contextmanager
@@ -173,7 +219,6 @@ def _scores(asked: WinRate, outcomes: Sequence[tuple[OutputPair, Outcome]], seed
     figures: Figures = {
         "win_rate": win_rate.win_figures([(pair.id, each) for pair, each in outcomes], seed=seed),
         "length": {name: clustered_mean(each, seed=seed) for name, each in lengths.items()},
-        "canaries": None,
     }
     if asked.length_controlled:
         read = [(pair, each.win) for pair, each in outcomes if each.win is not None]
@@ -232,6 +277,8 @@ def _notes(scores: Figures, reasons: Sequence[str]) -> list[str]:
         notes.append(f"With seats swapped, {rate['inconsistent']:.0%} get another verdict.")
     if rate["first_seat"] is not None:
         notes.append(f"The first seat wins {rate['first_seat']:.0%} of the calls with a winner.")
+    fared = scores["canaries"]
+    notes.append(f"Canaries: {fared['won']:g} of {fared['asked']} cheating answers won.")
     if "length_controlled" in scores:
         notes.append(
             "Length-controlled is an estimate under a model of how length is preferred. It is not "
