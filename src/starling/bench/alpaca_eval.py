@@ -18,9 +18,8 @@ from starling.base.estimate import Estimate, clustered_mean
 from starling.base.files import locked
 from starling.base.hashing import hash_json
 from starling.base.jsonl import read_json, write_json
-from starling.base.progress import Progress
 from starling.bench import win_rate
-from starling.bench.asking import HOPELESS, refuse_failures
+from starling.bench.asking import refuse_failures, watched
 from starling.bench.length_control import control_length
 from starling.bench.results import Line, as_table, stamp, write_results
 from starling.bench.win_rate import SAME, Figures, Outcome
@@ -151,38 +150,15 @@ def _judge(
         server = connect(section, section.model or "")
         with (
             Recorded(server, ledger, spending=context.spending, model=section.model) as recorded,
-            _watched(recorded, len(comparisons), context),
+            watched(recorded, len(comparisons), context.stop),
         ):
             return win_rate.compare_weighted(comparisons, recorded, seed)
     compare = win_rate.compare_logits if asked.weighted else win_rate.compare
     section = win_rate.both_seats(section)
     with build_judge(section, seed=seed, ledger=ledger, context=context) as judge:
         responder = judge.responder if isinstance(judge, LlmJudge) else None
-        with _watched(responder, 2 * len(comparisons), context):
+        with watched(responder, 2 * len(comparisons), context.stop):
             return compare(comparisons, judge)
-
-
-@contextmanager
-def _watched(responder: object, total: int, context: Context) -> Iterator[None]:
-    """A line of progress, and a stop after whatever call a signal comes in."""
-    done = 0
-    with context.stop, Progress("judging", total) as progress:
-
-        def watch() -> None:
-            nonlocal done
-            done += 1
-            progress.update(done)
-            context.stop.check()
-            if stats.failed >= HOPELESS and not stats.new + stats.from_ledger:
-                raise DataError(
-                    f"none of the first {stats.failed} calls was answered. Check the judge's "
-                    "address and that the server runs, then run the same command again."
-                )
-
-        if isinstance(responder, Recorded):
-            stats = responder.stats
-            responder.watch = watch
-        yield
 
 
 def _annotation(pair: OutputPair, outcome: Outcome, judge: str) -> Figures:

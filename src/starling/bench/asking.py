@@ -3,12 +3,15 @@
 The benches whose judge prompts are other people's use this; `judging` has our own protocols.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Generic, TypeVar
 
+from starling.base.context import StopFlag
 from starling.base.errors import DataError
+from starling.base.progress import Progress
 from starling.base.seeding import derive_seed
 from starling.base.spending import Spending
 from starling.data.records import Message
@@ -108,6 +111,34 @@ def ask(
     return {id: found[id] for id in questions}
 
 
+@contextmanager
+def watched(responder: object, total: int, stop: StopFlag) -> Iterator[None]:
+    """A line of progress for a recorded responder, and a stop after any call that a signal meets.
+
+    Raises DataError where the first calls are all without an answer.
+    """
+    done = 0
+    with stop, Progress("judging", total) as progress:
+
+        def watch() -> None:
+            nonlocal done
+            done += 1
+            if done <= total:  # what is asked for again was not expected
+                progress.update(done)
+            stop.check()
+            # `ask` is first to notice, and knows the reason; a judge's own protocols do not.
+            if stats.failed > HOPELESS and not stats.new + stats.from_ledger:
+                raise DataError(
+                    f"none of the first {stats.failed} calls was answered. Check the judge's "
+                    "address and that the server runs, then run the same command again."
+                )
+
+        if isinstance(responder, Recorded):
+            stats = responder.stats
+            responder.watch = watch
+        yield
+
+
 def _is_silence(outcome: Reply | Failure) -> bool:
     return isinstance(outcome, Failure) and not isinstance(outcome, Unusable)
 
@@ -131,7 +162,7 @@ def refuse_failures(what: str, reasons: Sequence[str], total: int, allowed: floa
     """Raise DataError when more than the allowed share of verdicts is missing, or every one."""
     if len(reasons) > allowed * total or (reasons and len(reasons) == total):
         raise DataError(
-            f"{len(reasons)} of {total} {what} failed, more than may (allowed_failures: "
-            f"{allowed:.0%}); the first: {reasons[0]}. There is no score; check the judge and "
+            f"{len(reasons)} of {total} {what} failed, more than allowed_failures "
+            f"({allowed:.0%}); the first: {reasons[0]}. There is no score; check the judge and "
             "run the same command again: what it answered is kept"
         )

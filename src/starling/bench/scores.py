@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from operator import attrgetter
 from typing import Any, NamedTuple
 
-from starling.base.errors import DataError
 from starling.base.estimate import clustered_mean
 from starling.bench.answers import Answer
+from starling.bench.asking import refuse_failures
 from starling.bench.win_rate import SAME, Outcome, compare, win_figures
 from starling.judging.judge import Comparison, GradedAnswer, Judge, Rating
 
@@ -169,13 +169,3 @@ def category_figures(
         if own_wins:
             figures[category]["win_rate"] = clustered_mean(own_wins, seed=seed)
     return figures
-
-
-def refuse_failures(what: str, failures: Sequence[str], total: int, allowed: float) -> None:
-    """Raise DataError when more than the allowed share of verdicts is missing, or every one."""
-    if len(failures) > allowed * total or (failures and len(failures) == total):
-        raise DataError(
-            f"{len(failures)} of {total} {what} failed, more than bench.allowed_failures "
-            f"({allowed:.0%}); the first: {failures[0]}. There is no score; check the judge and "
-            "run the same command again: what it answered is kept"
-        )

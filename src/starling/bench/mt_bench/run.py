@@ -7,8 +7,7 @@ asks only what is missing.
 
 import logging
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,8 +17,7 @@ from starling.base.errors import InputError, some
 from starling.base.files import locked
 from starling.base.hashing import hash_file, hash_json
 from starling.base.jsonl import read_json, write_records
-from starling.base.progress import Progress
-from starling.bench.asking import open_server, refuse_failures
+from starling.bench.asking import open_server, refuse_failures, watched
 from starling.bench.mt_bench import count, figures
 from starling.bench.mt_bench.answers import (
     Answers,
@@ -117,7 +115,8 @@ def _judge(
 ) -> list[R]:
     """Ask all that the ledger does not hold."""
     sys.stderr.write(_plan(options, tasks) + "\n")
-    with _server(options) as server, _watched(server, len(tasks) * options.repeats):
+    total = len(tasks) * options.repeats
+    with _server(options) as server, watched(server, total, StopFlag()):
         rows = ask(server, tasks)
     logger.info("judge: %s", server.stats)
     return dated(rows, _judgments_path(options, options.judge_model))
@@ -146,23 +145,6 @@ def _keep(options: MtBench, rows: Sequence[R]) -> None:
 def _judgments_path(options: MtBench, judge: str) -> Path:
     kind = "single" if options.mode == "single" else "pair"
     return options.out / "model_judgment" / f"{_file_name(judge)}_{kind}.jsonl"
-
-
-@contextmanager
-def _watched(server: Recorded, total: int) -> Iterator[None]:
-    """A line of progress, and a stop after whatever call a signal comes in."""
-    done = 0
-    with StopFlag() as stop, Progress("judgments", total) as progress:
-
-        def watch() -> None:
-            nonlocal done
-            done += 1
-            if done <= total:  # what is asked for again was not expected
-                progress.update(done)
-            stop.check()
-
-        server.watch = watch
-        yield
 
 
 def _single(options: MtBench, bench: Bench, answers: Answers, num_duplicates: int) -> str:
