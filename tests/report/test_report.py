@@ -233,6 +233,31 @@ def test_the_table_holds_the_numbers_of_summary_json(run: Path) -> None:
     assert not named
 
 
+def test_what_rules_found_and_how_cheating_fared_stand_below_the_table(run: Path) -> None:
+    plain = write_report(run).read_text(encoding="utf-8")
+    assert "by rule, greedy" not in plain
+    assert "Cheating answers" not in plain
+    figures = summary()
+    kept = {"instruction_strict": estimate(0.31), "tokens": estimate(12.25)}
+    figures["bench"]["checks"] = {
+        "policies": {"sft": kept, "ppo": kept | {"instruction_strict": estimate(0.87)}},
+        "change": {"ppo": {"instruction_strict": estimate(0.56)}},
+    }
+    fared = {"asked": 9, "won": 1.5, "unread": 2, "by_kind": {}}
+    figures["bench"]["canaries"] = {"ratings": fared}
+    write_json(run / "summary.json", figures)
+    page = Page(write_report(run))
+    [row] = [row for row in page.rows if row[0].startswith("instructions kept")]
+    assert row == [
+        "instructions kept|n 8",
+        "0.31|0.20 to 0.43",
+        "0.87|0.76 to 0.99",
+        "0.56|0.45 to 0.68",
+    ]
+    text = (run / "report.html").read_text(encoding="utf-8")
+    assert "Cheating answers, ratings: 1.5 of 9 won, 2 could not be read." in text
+
+
 def test_answers_are_text_whatever_they_hold(run: Path) -> None:
     manifest(run, "bench", "<img src=x onerror=alert(1)>", seconds=1.0)
     path = write_report(run)

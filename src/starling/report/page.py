@@ -22,6 +22,15 @@ COLUMNS = (
 )
 """Figures of the bench with a value before and after: key, heading, decimals."""
 
+CHECKS = (
+    ("instruction_strict", "instructions kept"),
+    ("prompt_strict", "prompts with every instruction kept"),
+    ("refused", "ill-natured prompts refused"),
+    ("over_refused", "good-natured prompts refused"),
+    ("tokens", "tokens an answer"),
+)
+"""What rules found, and its heading."""
+
 SIDES = {BEFORE: f"before ({BEFORE})", AFTER: f"after ({AFTER})"}
 """What the two policies are called beside their answers."""
 
@@ -67,6 +76,7 @@ def _render(run: Run, browser: Markup | None) -> str:
         browser=browser,
         gain=_gain(run),
         columns=COLUMNS,
+        check_names=CHECKS,
         sides=(BEFORE, AFTER),
         charts=charts,
         reward_charts=reward_charts,
