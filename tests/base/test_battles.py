@@ -103,6 +103,25 @@ def test_strong_differences_converge():
     assert found[0] - found[1] == pytest.approx(math.log(100_000), abs=1e-6)
 
 
+def test_votes_on_which_plain_newton_steps_diverge_are_rated():
+    """Found by a search: a ring of lopsided results, on which the full step jumps ever further."""
+    wins = np.array(
+        [
+            [0, 0, 1, 0, 0],
+            [6, 0, 0, 0, 3],
+            [2, 0, 0, 3295, 2],
+            [3, 10192, 0, 0, 1],
+            [5641, 0, 136216, 3, 0],
+        ],
+        dtype=float,
+    )
+    found = bradley_terry(wins)
+    chance = 1 / (1 + np.exp(found - found[:, None]))
+    # At the maximum every model has won as often as its strength makes expect.
+    expected = ((wins + wins.T) * chance).sum(axis=1)
+    assert expected == pytest.approx(wins.sum(axis=1), rel=1e-6)
+
+
 def test_who_only_wins_or_only_loses_or_never_meets_the_others_has_no_rating():
     wins = count_wins(
         battles((0, 1, 1.0), (1, 0, 1.0), (2, 0, 1.0), (0, 3, 1.0), (4, 5, 0.5), num_models=7)
