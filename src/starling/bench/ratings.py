@@ -24,7 +24,7 @@ from starling.base.estimate import LEVEL, Estimate
 from starling.base.files import quarantine_elsewhere, write_atomically
 from starling.base.hashing import hash_file
 from starling.base.jsonl import write_json
-from starling.bench.results import stamp
+from starling.bench.results import aligned, as_markdown, stamp
 from starling.data.votes import Votes, read_votes
 
 HEADINGS = ("model", "rank", "rating", f"{LEVEL:.0%} interval", "Elo", "win rate", "battles")
@@ -73,8 +73,8 @@ def rate(path: Path, *, out: Path | None = None, rounds: int = 100, seed: int = 
         about = stamp("ratings", votes_sha256=hash_file(path), seed=seed, rounds=rounds)
         counts = {"num_votes": num_votes, "num_ties": num_ties}
         write_json(out, {**counts, "models": list(map(asdict, standings)), "stamp": about})
-        write_atomically(out.with_suffix(".md"), [_markdown(title, rows, notes).encode()])
-    return "\n".join([title, "", *_aligned(rows), "", *notes])
+        write_atomically(out.with_suffix(".md"), [as_markdown(title, rows, notes).encode()])
+    return "\n".join([title, "", *aligned(rows), "", *notes])
 
 
 def rate_votes(votes: Votes, *, rounds: int, seed: int) -> list[Standing]:
@@ -159,21 +159,3 @@ def _notes(standings: Sequence[Standing], rounds: int) -> list[str]:
             f"unknown: {', '.join(missing)}"
         )
     return notes
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Columns under each other, all but the first to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(
-            cell.rjust(width) if column else cell.ljust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    ]
-
-
-def _markdown(title: str, rows: Sequence[Sequence[str]], notes: Sequence[str]) -> str:
-    ruled = [rows[0], ["---", *["---:"] * (len(rows[0]) - 1)], *rows[1:]]
-    table = [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in ruled]
-    return "\n".join([f"## {title}", "", *table, "", *(f"- {note}" for note in notes)]) + "\n"

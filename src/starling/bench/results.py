@@ -21,23 +21,27 @@ class Line(NamedTuple):
 
 
 def as_table(title: str, lines: Sequence[Line], notes: Sequence[str] = ()) -> str:
-    """The lines under each other, numbers to the right, and the notes below."""
-    rows = [HEADINGS, *map(_cells, lines)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(HEADINGS))]
-    table = [
+    """The lines under each other, and the notes below."""
+    rows = aligned([HEADINGS, *map(_cells, lines)])
+    return "\n".join([title, "", *rows, *(["", *notes] if notes else [])])
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Columns under each other, all but the first to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
         "  ".join(
             cell.rjust(width) if column else cell.ljust(width)
             for column, (cell, width) in enumerate(zip(row, widths, strict=True))
         ).rstrip()
         for row in rows
     ]
-    return "\n".join([title, "", *table, *(["", *notes] if notes else [])])
 
 
-def as_markdown(title: str, lines: Sequence[Line], notes: Sequence[str] = ()) -> str:
-    """The same as a Markdown section."""
-    rows = [HEADINGS, ("---", *["---:"] * (len(HEADINGS) - 1)), *map(_cells, lines)]
-    table = [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows]
+def as_markdown(title: str, rows: Sequence[Sequence[str]], notes: Sequence[str] = ()) -> str:
+    """Headings and rows as a Markdown section, the notes as a list."""
+    ruled = [rows[0], ["---", *["---:"] * (len(rows[0]) - 1)], *rows[1:]]
+    table = [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in ruled]
     return "\n".join([f"## {title}", "", *table, "", *(f"- {note}" for note in notes)]) + "\n"
 
 
@@ -45,8 +49,9 @@ def write_results(
     out: Path, scores: Mapping[str, Any], title: str, lines: Sequence[Line], notes: Sequence[str]
 ) -> None:
     """Write scores.json and results.md into `out`."""
+    rows = [HEADINGS, *map(_cells, lines)]
     write_json(out / "scores.json", dict(scores))
-    write_atomically(out / "results.md", [as_markdown(title, lines, notes).encode()])
+    write_atomically(out / "results.md", [as_markdown(title, rows, notes).encode()])
 
 
 def stamp(bench: str, **fields: Any) -> dict[str, Any]:

@@ -6,6 +6,7 @@ gives the gold score that nothing in training has seen.  By MT-Bench's protocol 
 at its temperatures, and its own prompts are put to the judge.
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from pathlib import Path
 from starling.base.context import Context
 from starling.base.estimate import clustered_mean
 from starling.base.hashing import hash_file, hash_json
-from starling.base.jsonl import read_records, write_json, write_records
+from starling.base.jsonl import read_records, write_records
 from starling.base.progress import Progress
 from starling.base.stage import Summary
 from starling.bench import scores
@@ -22,7 +23,7 @@ from starling.bench.checks import CheckedPrompt, answer_prompts, check_answers
 from starling.bench.config import BenchInputs, BenchSection
 from starling.bench.mt_bench import stage
 from starling.bench.mt_bench.answers import context_room
-from starling.bench.results import stamp
+from starling.bench.results import as_table, stamp, write_results
 from starling.bench.scores import BASELINE, POLICY, Figures, Judged
 from starling.bench.win_rate import both_seats
 from starling.data.fastchat import Bench, BenchFiles, read_bench
@@ -37,9 +38,11 @@ from starling.judging.llm_judge import LlmJudge
 from starling.models.local import load_local
 from starling.models.reward_model import RewardModel
 
+logger = logging.getLogger(__name__)
+
 
 def run(section: BenchSection, inputs: BenchInputs, out: Path, context: Context) -> Summary:
-    """Answer, judge and count; writes answers.jsonl, judgments.jsonl and scores.json."""
+    """Answer, judge and count; writes answers, judgments, scores.json and results.md."""
     questions = read_records(inputs.questions, Question, quarantine=out / "quarantine.jsonl")
     bench = _published(inputs, out / "quarantine.jsonl")
     contestants = _contestants(section, inputs, context, is_mt_bench=bench is not None)
@@ -96,7 +99,9 @@ def run(section: BenchSection, inputs: BenchInputs, out: Path, context: Context)
             for (policy, question, turn), rating in read.items()
         ],
     )
-    write_json(out / "scores.json", figures)
+    title, lines = f"{len(questions)} questions, before and after", scores.lines(figures)
+    write_results(out, figures, title, lines, [])
+    logger.info("%s", as_table(title, lines))
     return Summary(_sentence(figures, len(questions), out), figures)
 
 

@@ -7,10 +7,11 @@ from collections.abc import Callable, Sequence
 from operator import attrgetter
 from typing import Any, NamedTuple
 
-from starling.base.estimate import clustered_mean
+from starling.base.estimate import Estimate, clustered_mean
 from starling.bench.answers import Answer
 from starling.bench.asking import refuse_failures
-from starling.bench.win_rate import SAME, Outcome, compare, win_figures
+from starling.bench.results import Line
+from starling.bench.win_rate import SAME, Outcome, compare, percent, win_figures
 from starling.judging.judge import Comparison, GradedAnswer, Judge, Rating
 
 BASELINE, POLICY = "sft", "ppo"
@@ -169,3 +170,23 @@ def category_figures(
         if own_wins:
             figures[category]["win_rate"] = clustered_mean(own_wins, seed=seed)
     return figures
+
+
+def lines(figures: Figures) -> list[Line]:
+    """The figures that are said first, of both policies, as a table's lines."""
+    named = {
+        "gold": "gold, sampled",
+        "gold_greedy": "gold, greedy",
+        "score": "judge's score",
+        "score_turn_1": "turn 1",
+        "score_turn_2": "turn 2",
+        "tokens_per_answer": "tokens an answer",
+    }
+    found = [
+        Line(f"{label}, {side}", Estimate(**figures[name][policy]))
+        for name, label in named.items()
+        if name in figures
+        for policy, side in ((BASELINE, "before"), (POLICY, "after"))
+        if policy in figures[name]
+    ]
+    return [*found, percent("win rate, after", figures["win_rate"])]
