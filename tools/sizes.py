@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FILE_LINES, FILE_WARNING = 500, 400
 FUNCTION_LINES, FUNCTION_WARNING = 100, 60
 RUN_LINES = 120  # the one `run` of a stage
-TOTAL_LINES = 17_000
+TOTAL_LINES = 17_200
 
 
 class Finding(NamedTuple):

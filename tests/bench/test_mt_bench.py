@@ -311,6 +311,18 @@ def test_blank_lines_are_no_rows(data, tmp_path):
         (("--data", "DATA", "--answers", "nothing.jsonl", "--plan"), "nothing.jsonl"),
         (("--data", "DATA", "--answers", "FILE", "--plan", "--repeats", "0"), "--repeats is 0"),
         (
+            ("--data", "DATA", "--answers", "FILE", "--judge-url", "nonsense"),
+            "--judge-url: found 'nonsense'; it must look like http://localhost:8000/v1",
+        ),
+        (
+            ("--data", "DATA", "--answers", "FILE", "--judge-url", "http://me:secret@host/v1"),
+            "--judge-url: it holds a user name or password",
+        ),
+        (
+            ("--data", "DATA", "--answers", "FILE", "--judge-url", "http://x/v1", "--out", "FILE"),
+            "cannot write to the folder",
+        ),
+        (
             ("--data", "DATA", "--answers", "FILE", "--plan", "--max-usd", "3"),
             "--max-usd needs the judge's price",
         ),
@@ -450,6 +462,14 @@ def test_judgments_of_others_are_told_apart(data, tmp_path, capsys):
     assert "judgments by gpt-3, gpt-4; choose one" in capsys.readouterr().err
     assert counted(data, tmp_path, [judgment(7, 1, 5)])[0] == 2
     assert "judgments of questions 7, which question.jsonl does not hold" in capsys.readouterr().err
+
+
+def test_judgments_of_one_model_are_not_put_beside_anothers_answers(data, tmp_path, capsys):
+    rows = all_judgments()
+    assert counted(data, tmp_path, rows, "--answers", answers(data, "other"))[0] == 2
+    assert "the judgments are of one, and the answers of other" in capsys.readouterr().err
+    _, found = counted(data, tmp_path, rows, "--answers", answers(data))
+    assert found["length"]["words"]["mean"] == 2.5
 
 
 def first_seat(body, n=0):

@@ -244,6 +244,7 @@ def test_filters_search_and_order_show_what_they_say(page: Path) -> None:
         ({}, [WRITING_1, MATH_1, WRITING_2, STEM, MATH_2]),
         ({"category": "math"}, [MATH_1, MATH_2]),
         ({"search": "whale BLUE"}, [WRITING_2]),  # an answer; words in any order and case
+        ({"search": "whale two"}, []),  # all of the words
         ({"search": "[[7]]"}, [STEM]),  # a judgment
         ({"search": "hundred"}, [MATH_2]),  # a question
         ({"from": "9"}, [WRITING_1, MATH_1]),

@@ -18,7 +18,7 @@ from starling.data.records import Message
 from starling.judging.recorded import Recorded
 from starling.models.completion import Unusable
 from starling.models.endpoint import Endpoint
-from starling.models.interfaces import Failure, Reply, Request, Responder, Sampling, Usage
+from starling.models.interfaces import Failure, Reply, Request, Responder, Sampling
 
 V = TypeVar("V")
 
@@ -46,7 +46,6 @@ class Judgment(Generic[V]):
     verdict: V | None
     reason: str | None = None
     retried: int = 0
-    usage: Usage = Usage(0, 0)
     served_by: str | None = None
 
 
@@ -148,14 +147,14 @@ def _judgment(
 ) -> Judgment[V]:
     id = outcome.request_id
     if isinstance(outcome, Unusable):
-        return Judgment(id, "", None, outcome.reason, attempt, outcome.usage)
+        return Judgment(id, "", None, outcome.reason, attempt)
     if isinstance(outcome, Failure):
         return Judgment(id, "", None, f"the judge did not answer: {outcome.reason}", attempt)
     verdict = read(outcome)
     if not isinstance(verdict, Unread):
-        return Judgment(id, outcome.text, verdict, None, attempt, outcome.usage, outcome.served_by)
+        return Judgment(id, outcome.text, verdict, None, attempt, outcome.served_by)
     cut = "the reply was cut, and " if outcome.finish_reason == "length" else ""
-    return Judgment(id, outcome.text, None, cut + verdict.reason, attempt, outcome.usage)
+    return Judgment(id, outcome.text, None, cut + verdict.reason, attempt)
 
 
 def refuse_failures(what: str, reasons: Sequence[str], total: int, allowed: float) -> None:

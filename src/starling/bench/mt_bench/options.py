@@ -7,6 +7,7 @@ from typing import Literal
 from starling.base.errors import InputError
 from starling.base.spending import Price, Spending
 from starling.data.fastchat import Rule
+from starling.models.config import check_url
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +116,11 @@ class MtBench:
         ):
             if is_wrong:
                 raise InputError(problem)
+        for name, url in (("--judge-url", self.judge_url), ("--policy-url", self.policy_url)):
+            try:
+                check_url(url or "http://localhost")
+            except ValueError as error:
+                raise InputError(f"{name}: {error}") from error
 
     def spending(self) -> Spending:
         """A fresh account of the judge's calls; without a price it counts no money."""

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from starling.base.context import StopFlag
-from starling.base.errors import InputError, some
-from starling.base.files import locked
+from starling.base.errors import DataError, InputError, some
+from starling.base.files import locked, quarantine_elsewhere
 from starling.base.hashing import hash_file, hash_json
 from starling.base.jsonl import read_json, write_records
 from starling.bench.asking import open_server, refuse_failures, watched
@@ -66,16 +66,14 @@ def run(options: MtBench, policy: str | None = None) -> str:
     mend; nothing that was answered is lost then.
     """
     options.check()
-    assert options.data is not None, "checked"
-    quarantine = options.out / "quarantine.jsonl"
-    files = find_files(find_folder(options.data), options.references)
-    bench = read_bench(files, quarantine)
-    answers, num_duplicates = read_all(options, bench, quarantine)
     if options.plan:
-        if options.policy is not None:
-            answers = unknown_answers(policy_name(options), bench.questions)
-        return _plan(options, _tasks(options, bench, answers))
+        with quarantine_elsewhere() as quarantine:
+            bench, answers, _ = _read(options, quarantine)
+            if options.policy is not None:
+                answers = unknown_answers(policy_name(options), bench.questions)
+            return _plan(options, _tasks(options, bench, answers))
     with locked(options.out):
+        bench, answers, num_duplicates = _read(options, options.out / "quarantine.jsonl")
         if options.judgments is None:
             _refuse_others_results(options, answers)
             if policy is not None:
@@ -85,6 +83,14 @@ def run(options: MtBench, policy: str | None = None) -> str:
             (options.out / stale).unlink(missing_ok=True)
         conclude = _single if options.mode == "single" else _pairwise
         return conclude(options, bench, answers, num_duplicates)
+
+
+def _read(options: MtBench, quarantine: Path) -> tuple[Bench, Answers, int]:
+    """The benchmark, the answers that are there, and how many rows of these were duplicates."""
+    assert options.data is not None, "checked"
+    files = find_files(find_folder(options.data), options.references)
+    bench = read_bench(files, quarantine)
+    return bench, *read_all(options, bench, quarantine)
 
 
 def _tasks(options: MtBench, bench: Bench, answers: Answers) -> list[Task]:
@@ -152,6 +158,11 @@ def _single(options: MtBench, bench: Bench, answers: Answers, num_duplicates: in
     strict = not options.like_fastchat
     if options.judgments is not None:
         rows, num_duplicates = count.read_ratings(options, options.judgments)
+        if answers and rows[0].model not in answers:
+            raise DataError(
+                f"the judgments are of {rows[0].model}, and the answers of {', '.join(answers)}; "
+                "leave out --answers, or choose with --model"
+            )
     else:
 
         def ask(server: Responder, tasks: Sequence[Task]) -> list[SingleJudgment]:
