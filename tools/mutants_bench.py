@@ -157,4 +157,131 @@ CHANGES = {
         ('figures["asked"] - figures["unread"]', 'figures["asked"]'),
         ("max(scores)\n    kinds", "min(scores)\n    kinds"),
     ],
+    ("bench/length_control.py", "tests/bench/test_length_control.py"): [
+        (
+            "hessian = design.T @ weighted + PENALTY * np.eye(len(coefficients))",
+            "hessian = design.T @ weighted",
+        ),
+        ("equal = design * [1.0, 0.0, 1.0]", "equal = design * [1.0, 1.0, 1.0]"),
+        ("equal = design * [1.0, 0.0, 1.0]", "equal = design * [1.0, 0.0, 0.0]"),
+        ("+ (chances - rate) / n", ""),
+        ("deviation / (rate * (1 - rate))", "deviation"),
+        ("+ PENALTY * coefficients\n", "\n"),
+    ],
+    ("bench/win_rate.py", "tests/bench/test_win_rate.py"): [
+        ("win = wins[0] if len(set(wins)) == 1 else 0.5", "win = mean(wins)"),
+        ("win = 1 - judgment.verdict if is_first else judgment.verdict", "win = judgment.verdict"),
+        ("(win > 0.5) == is_first", "(win < 0.5) == is_first"),
+        (
+            "((ranks[1] < ranks[0]) - (ranks[1] > ranks[0]))",
+            "((ranks[1] > ranks[0]) - (ranks[1] < ranks[0]))",
+        ),
+        ("num_failed = len(outcomes) - len(read)", "num_failed = 0"),
+        ('update={"strategy": "pairwise"}', "update={}"),
+        ("if len(each.by_call) > 1]", "if each.by_call or True]"),
+    ],
+    ("bench/alpaca_eval.py", "tests/bench/test_win_rate.py"): [
+        (
+            '"preference": None if outcome.win is None else 1 + outcome.win',
+            '"preference": None if outcome.win is None else 2 - outcome.win',
+        ),
+        ("read_json(old) == rows", "read_json(old) != rows"),
+        (
+            "len(pair.answer.output) - len(pair.baseline.output) for",
+            "len(pair.baseline.output) - len(pair.answer.output) for",
+        ),
+    ],
+    ("judging/preference.py", "tests/bench/test_win_rate.py"): [
+        ("if (name := text.strip()) in NAMES", "if (name := text) in NAMES"),
+        (
+            "chances[NAMES.index(name)] += math.exp(logprob)",
+            "chances[NAMES.index(name)] = math.exp(logprob)",
+        ),
+        ('f"judging/seats/{comparison.id}"', '"judging/seats"'),
+    ],
+    ("data/alpaca_eval.py", "tests/bench/test_win_rate.py"): [
+        ('_refuse(path, "have an empty output", empty)', "pass"),
+        ("sorted(given.keys() - asked)", "[]"),
+    ],
+    ("bench/checks.py", "tests/bench/test_checks.py"): [
+        ("all(found.strict)) for", "any(found.strict)) for"),
+        (
+            "for id, _, found in ruled for kept in found.loose",
+            "for id, _, found in ruled for kept in found.strict",
+        ),
+        ("if p.good_natured is False]", "if not p.good_natured]"),
+        ("(id, after - old)", "(id, old - after)"),
+        ("mode=each.mode", "mode=None"),
+    ],
+    ("judging/ledger.py", "tests/judging/test_recorded.py"): [
+        (
+            "LEFT JOIN likely USING (key)",
+            "LEFT JOIN (SELECT NULL AS key, NULL AS logprobs) USING (key)",
+        ),
+    ],
+    ("models/completion.py", "tests/models/test_endpoint.py"): [
+        ("if self._wants_logprobs and choice", "if choice"),
+        ('{"logprobs": most} if codec else', '{"logprobs": True} if codec else'),
+    ],
+    ("bench/scores.py", "tests/bench/test_bench_run.py"): [
+        (
+            'outcome = outcomes.get(f"win/{before.question}/{before.turn}", SAME)',
+            'outcome = outcomes.get(f"win/{before.question}/1", SAME)',
+        ),
+    ],
+    ("reward/score.py", "tests/test_cli_score.py"): [
+        ("(gap or -1.0, 0.0)", "(gap, 0.0)"),
+        ("sizes[names.index(MATHEMATICS)] = AS_MANY_AS_CODE", "pass"),
+        (
+            "if subsets.keys() >= set(names):",
+            "if subsets.keys() & set(names):\n            names = [*filter(subsets.get, names)]",
+        ),
+    ],
+    ("report/html.py", "tests/report/test_browser.py"): [
+        ('for mark in "<>&', 'for mark in ">&'),
+        ("autoescape=True", "autoescape=False"),
+    ],
+    ("report/html.py", "tests/report/test_compare.py"): [
+        (
+            "style-src {_hash(style)}; script-src {_hash(script)}",
+            "style-src {_hash(style)}; script-src 'unsafe-inline' ",
+        ),
+    ],
+    ("report/browser.js", "tests/report/test_browser.py"): [
+        ("made.textContent = visible(text)", "made.innerHTML = text"),
+        ("made.textContent = visible(text)", "made.textContent = text"),
+        ("Math.max(...known) - Math.min(...known)", "Math.max(...known) - known[0]"),
+        ("low <= score && score <= high", "low <= score || score <= high"),
+        ("words.every(", "words.some("),
+        ("1 + 9 * turn.gold", "10 * turn.gold"),
+        ("} else if (isTyping) {", "} else if (false) {"),
+    ],
+    ("report/benches.py", "tests/report/test_compare.py"): [
+        ("if row.score < 0:", "if row.score < -1:"),
+        ('row["decoding"] == "sampled"', 'row["decoding"] == "greedy"'),
+        (
+            'if row.judge[0] == stamp["judge"])\n            said = ((',
+            "if True)\n            said = ((",
+        ),
+        ("other_seat[seat]", "seat"),
+    ],
+    ("report/compare.py", "tests/report/test_compare.py"): [
+        ("if len(named) > 1 and", "if len(named) > 2 and"),
+        ('or "unknown"', 'or ""'),
+        ("if places.count(place) > 1", "if folders.count(folder) > 1"),
+    ],
+    ("report/figures.py", "tests/report/test_compare.py"): [
+        (", parse_math=False", ""),
+        ("c if c.isprintable() else", "c if c else"),
+    ],
+    ("report/style.css", "tests/report/test_browser.py"): [
+        (
+            "--ink: #e6e8eb; --soft: #a3abb5; --line: #3a404a",
+            "--ink: #e6e8eb; --soft: #63696f; --line: #3a404a",
+        ),
+        (
+            ".said { white-space: pre-wrap; overflow-wrap: anywhere;",
+            ".said { white-space: pre-wrap;",
+        ),
+    ],
 }
