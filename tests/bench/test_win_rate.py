@@ -219,6 +219,15 @@ def test_two_files_and_a_judge_make_a_win_rate(files, tmp_path):
     assert "62.50" in (tmp_path / "out" / "results.md").read_text()
 
 
+@pytest.mark.parametrize(("weighted", "calls", "canaries"), [(False, 6, 2), (True, 3, 1)])
+def test_a_plan_asks_nobody_and_writes_nothing(files, tmp_path, weighted, calls, canaries):
+    out = tmp_path / "out"
+    section = JudgeSection(kind="endpoint", url="http://localhost:1/v1", model="judge")
+    said = run_win_rate(WinRate(*files, section, weighted=weighted, plan=True), out, CONTEXT)
+    assert said.startswith(f"{calls} calls to judge about 3 pairs that differ, and {canaries} ")
+    assert not out.exists()
+
+
 def test_annotations_have_alpaca_evals_columns(files, tmp_path):
     with FakeServer(prefers_good) as server:
         measure(files, server, tmp_path / "out")

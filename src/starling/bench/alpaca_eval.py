@@ -15,7 +15,7 @@ from pathlib import Path
 from starling.base.context import Context
 from starling.base.errors import DataError, InputError
 from starling.base.estimate import Estimate, clustered_mean
-from starling.base.files import locked
+from starling.base.files import locked, quarantine_elsewhere
 from starling.base.hashing import hash_json
 from starling.base.jsonl import read_json, write_json
 from starling.bench import win_rate
@@ -24,7 +24,7 @@ from starling.bench.length_control import control_length
 from starling.bench.results import Line, as_table, stamp, write_results
 from starling.bench.win_rate import SAME, Figures, Outcome
 from starling.data.alpaca_eval import OutputPair, match_outputs, read_outputs
-from starling.judging import kwise
+from starling.judging import kwise, preference
 from starling.judging.build import build_judge
 from starling.judging.canaries import (
     Canary,
@@ -32,6 +32,7 @@ from starling.judging.canaries import (
     best_ranking,
     canary_answers,
     canary_figures,
+    num_canaries,
 )
 from starling.judging.config import JudgeSection
 from starling.judging.judge import Comparison
@@ -70,14 +71,13 @@ def run_win_rate(asked: WinRate, out: Path, context: Context) -> str:
             f"a weighted win rate is read from a judge's probabilities, and one of kind "
             f"{asked.judge.kind} gives none: take kind endpoint or logits, or leave out --weighted"
         )
+    if asked.plan:
+        with quarantine_elsewhere() as quarantine:
+            return _plan(asked, _pairs(asked, quarantine))
     with locked(out), _advised(asked):
-        quarantine = out / "quarantine.jsonl"
-        answers = read_outputs(asked.answers, quarantine=quarantine)
-        pairs = match_outputs(answers, read_outputs(asked.baseline, quarantine=quarantine))
+        pairs = _pairs(asked, out / "quarantine.jsonl")
+        logger.info("%s", _plan(asked, pairs))
         canaries = canary_answers([pair.id for pair in pairs], context.seed, best_ranking(2))
-        if asked.plan:
-            return _plan(asked, pairs, len(canaries))
-        logger.info("%s", _plan(asked, pairs, len(canaries)))
         found = _judge(asked, pairs, canaries, out / "calls.sqlite", context)
         outcomes = [(pair, found.get(pair.id, SAME)) for pair in pairs]
         rows = [_annotation(*each, _name(asked.judge)) for each in outcomes]
@@ -98,7 +98,12 @@ def run_win_rate(asked: WinRate, out: Path, context: Context) -> str:
         return as_table(title, lines, [*notes, f"-> {out / 'scores.json'}"])
 
 
-def _plan(asked: WinRate, pairs: Sequence[OutputPair], num_canaries: int) -> str:
+def _pairs(asked: WinRate, quarantine: Path) -> list[OutputPair]:
+    answers = read_outputs(asked.answers, quarantine=quarantine)
+    return match_outputs(answers, read_outputs(asked.baseline, quarantine=quarantine))
+
+
+def _plan(asked: WinRate, pairs: Sequence[OutputPair]) -> str:
     """How many calls it takes, and about how many tokens are read; most of what it costs."""
     differ = [pair for pair in pairs if pair.baseline.output != pair.answer.output]
     seats = 1 if asked.weighted and asked.judge.kind == "endpoint" else 2
@@ -106,10 +111,12 @@ def _plan(asked: WinRate, pairs: Sequence[OutputPair], num_canaries: int) -> str
         len(pair.baseline.instruction) + len(pair.baseline.output) + len(pair.answer.output)
         for pair in differ
     )
-    tokens = seats * (chars // 4 + len(differ) * len(kwise.SYSTEM) // 4)
+    system = preference.SYSTEM if seats == 1 else kwise.SYSTEM
+    tokens = seats * (chars + len(differ) * len(system)) // 4
     return (
         f"{seats * len(differ):,} calls to {_name(asked.judge)} about {len(differ):,} pairs that "
-        f"differ, and {seats * num_canaries:,} about canaries: {tokens / 1e6:,.2f}M tokens read"
+        f"differ, and {seats * num_canaries(len(pairs)):,} about canaries: {tokens / 1e6:,.2f}M "
+        "tokens read"
     )
 
 
